@@ -1,0 +1,386 @@
+"""A Transformer decoder that reads several tokens at once over a key/value cache of its own.
+
+Stock fairseq decoders read one token at a time when they keep a state, so they cannot verify a draft in one
+forward pass. :class:`CachedDecoder` takes the weights of one and computes what its full forward pass computes,
+for any number of new tokens at any offset in each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from fairseq.models.transformer import TransformerDecoder, TransformerDecoderBase
+from fairseq.modules import SinusoidalPositionalEmbedding
+from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
+from torch import Tensor, nn
+
+from .linear import LinearFn, make_linear
+
+
+class UnsupportedDecoder(ValueError):
+    """A decoder with an option that the cached decoder does not implement; the message names it."""
+
+
+@dataclass
+class Span:
+    """The positions that one forward pass reads: ``new`` tokens in each of ``batch`` rows.
+
+    Rows that read fewer tokens than ``new`` are padded on the right. What the padding writes into the cache lies
+    beyond the row's length, where the mask hides it until real tokens overwrite it.
+    """
+
+    batch: int
+    new: int
+    end: int  # keys at positions 0 .. end - 1 take part
+    whole: bool  # whether the rows are all rows of the state, in order
+    start: int | None = None  # offset of the new tokens, if whole and the same in all rows; else:
+    rows: Tensor | None = None  # (batch, 1) rows of the state
+    positions: Tensor | None = None  # (batch, new)
+    mask: Tensor | None = None  # (batch or 1, 1, new, end), added to attention scores
+
+
+class DecoderState:
+    """What a decoder remembers of one batch: keys and values of the source and of the tokens read so far.
+
+    Key/value buffers are preallocated and written by position, so going back to an earlier position costs
+    nothing: later positions are simply written again.
+    """
+
+    def __init__(self, layers: int, heads: int, head_dim: int, like: Tensor, batch: int, length: int):
+        self.batch = batch
+        self._like = like
+        self._shape = (2, batch, heads, head_dim)
+        self.self_kv = [self._buffer(length) for _ in range(layers)]  # (2, batch, heads, length, dim)
+        self.cross_kv: Tensor | None = None  # (layers, 2, batch, heads, source, dim)
+        self.cross_mask: Tensor | None = None  # (batch, 1, 1, source)
+
+    def _buffer(self, length: int) -> Tensor:
+        # Zeros, not garbage: a masked position weighs 0, and 0 x NaN would still be NaN.
+        two, batch, heads, dim = self._shape
+        return self._like.new_zeros(two, batch, heads, length, dim)
+
+    @property
+    def length(self) -> int:
+        return self.self_kv[0].size(3)
+
+    def reserve(self, length: int) -> None:
+        """Makes room for positions 0 .. length - 1; doubles, so that the copying amortises."""
+        if length <= self.length:
+            return
+        length = max(length, 2 * self.length)
+        for layer, old in enumerate(self.self_kv):
+            self.self_kv[layer] = self._buffer(length)
+            self.self_kv[layer][:, :, :, : old.size(3)] = old
+
+    def span(self, rows: Sequence[int], starts: Sequence[int], new: int) -> Span:
+        """The forward pass that reads ``new`` tokens of each of ``rows``, from offset ``starts[i]`` on."""
+        end = max(starts) + new
+        self.reserve(end)
+        device, dtype = self._like.device, self._like.dtype
+        batch = len(rows)
+        whole = batch == self.batch
+        if whole and min(starts) == max(starts):
+            mask = None
+            if new > 1:
+                query = torch.arange(end - new, end, device=device)[:, None]
+                mask = _additive(torch.arange(end, device=device) > query, dtype)[None, None]
+            return Span(batch, new, end, whole, start=starts[0], mask=mask)
+        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(new, device=device)
+        hidden = torch.arange(end, device=device) > positions[:, :, None]  # (batch, new, end)
+        return Span(
+            batch,
+            new,
+            end,
+            whole,
+            rows=torch.tensor(rows, device=device)[:, None],
+            positions=positions,
+            mask=_additive(hidden, dtype)[:, None],
+        )
+
+    def extend_self(self, layer: int, kv: Tensor, span: Span) -> Tensor:
+        """Writes the new tokens' keys and values; returns all that the span's queries may look at.
+
+        Args:
+            kv: (batch, new, 2, heads, head_dim).
+
+        Returns:
+            (2, batch, heads, span.end, head_dim)
+        """
+        buffer = self.self_kv[layer]
+        if span.start is not None:
+            buffer[:, :, :, span.start : span.end] = kv.permute(2, 0, 3, 1, 4)
+            return buffer[:, :, :, : span.end]
+        buffer[:, span.rows, :, span.positions] = kv
+        seen = buffer[:, :, :, : span.end]
+        return seen if span.whole else seen[:, span.rows.squeeze(1)]
+
+    def cross(self, layer: int, span: Span) -> tuple[Tensor, Tensor | None]:
+        """The source's keys and values (2, batch, heads, source, head_dim) and their mask for the span's rows."""
+        kv, mask = self.cross_kv[layer], self.cross_mask
+        if span.whole:
+            return kv, mask
+        rows = span.rows.squeeze(1)
+        return kv[:, rows], None if mask is None else mask[rows]
+
+
+def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a key may be seen, -inf where it is hidden."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+
+
+def _norm(module: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
+    if module is None:
+        return None
+    shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
+    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+
+
+def _fused(*projections: nn.Linear) -> LinearFn:
+    """One product that computes several projections of the same input side by side."""
+    weight = torch.cat([projection.weight for projection in projections])
+    if projections[0].bias is None:
+        return make_linear(weight, None)
+    return make_linear(weight, torch.cat([projection.bias for projection in projections]))
+
+
+def _single(projection: nn.Linear) -> LinearFn:
+    return make_linear(projection.weight, projection.bias)
+
+
+class _Layer:
+    """One decoder layer: the computation of ``TransformerDecoderLayerBase.forward`` on rows of tokens."""
+
+    def __init__(self, layer: TransformerDecoderLayerBase):
+        attention = layer.self_attn
+        self.heads, self.head_dim = attention.num_heads, attention.head_dim
+        self.pre_norm = layer.normalize_before
+        self.qkv = _fused(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.self_out = _single(attention.out_proj)
+        self.self_norm = _norm(layer.self_attn_layer_norm)
+        self.scale_heads = None if layer.c_attn is None else layer.c_attn[:, None]
+        self.attn_norm = _norm(layer.attn_ln)
+        self.has_cross = layer.encoder_attn is not None
+        if self.has_cross:
+            self.cross_q = _single(layer.encoder_attn.q_proj)
+            self.cross_out = _single(layer.encoder_attn.out_proj)
+            self.cross_norm = _norm(layer.encoder_attn_layer_norm)
+        self.fc1, self.fc2 = _single(layer.fc1), _single(layer.fc2)
+        self.activation = layer.activation_fn
+        self.ffn_norm = _norm(layer.ffn_layernorm)
+        self.scale_residual = layer.w_resid
+        self.final_norm = _norm(layer.final_layer_norm)
+
+    def __call__(self, index: int, x: Tensor, state: DecoderState, span: Span) -> Tensor:
+        # x: (batch * new, dim)
+        residual = x
+        if self.pre_norm:
+            x = self.self_norm(x)
+        qkv = self.qkv(x).view(span.batch, span.new, 3, self.heads, self.head_dim)
+        keys, values = state.extend_self(index, qkv[:, :, 1:], span)
+        x = self.self_out(self._attend(qkv[:, :, 0], keys, values, span.mask))
+        if self.scale_heads is not None:
+            x = (x.view(-1, self.heads, self.head_dim) * self.scale_heads).view_as(residual)
+        if self.attn_norm is not None:
+            x = self.attn_norm(x)
+        x = residual + x
+        if not self.pre_norm:
+            x = self.self_norm(x)
+
+        if self.has_cross:
+            residual = x
+            if self.pre_norm:
+                x = self.cross_norm(x)
+            query = self.cross_q(x).view(span.batch, span.new, self.heads, self.head_dim)
+            (keys, values), mask = state.cross(index, span)
+            x = residual + self.cross_out(self._attend(query, keys, values, mask))
+            if not self.pre_norm:
+                x = self.cross_norm(x)
+
+        residual = x
+        if self.pre_norm:
+            x = self.final_norm(x)
+        x = self.activation(self.fc1(x))
+        if self.ffn_norm is not None:
+            x = self.ffn_norm(x)
+        x = self.fc2(x)
+        if self.scale_residual is not None:
+            residual = self.scale_residual * residual
+        x = residual + x
+        return x if self.pre_norm else self.final_norm(x)
+
+    @staticmethod
+    def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        # query: (batch, new, heads, dim); keys, values: (batch, heads, length, dim)
+        x = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=mask)
+        return x.transpose(1, 2).reshape(query.size(0) * query.size(1), -1)
+
+
+class _Head:
+    """From hidden states to logits: final norm, projection to the output width, vocabulary projection."""
+
+    def __init__(self, norm: nn.Module | None, project_out: nn.Linear | None, vocabulary: LinearFn):
+        self._norm = _norm(norm)
+        self._project_out = None if project_out is None else _single(project_out)
+        self._vocabulary = vocabulary
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._norm is not None:
+            x = self._norm(x)
+        if self._project_out is not None:
+            x = self._project_out(x)
+        return self._vocabulary(x)
+
+
+class CachedDecoder:
+    """The weights of a fairseq Transformer decoder, laid out for reading few tokens at a time.
+
+    Weights are copied when the object is made; training the decoder afterwards does not change it.
+
+    Args:
+        decoder: a ``TransformerDecoderBase`` (architectures ``transformer*``, ``bart*`` and the early-exit
+            ones of this package), in eval mode and on the device and in the precision to decode with.
+
+    Raises:
+        UnsupportedDecoder: the decoder has an option that is not implemented here.
+    """
+
+    def __init__(self, decoder: TransformerDecoderBase):
+        reason = unsupported_option(decoder)
+        if reason is not None:
+            raise UnsupportedDecoder(reason)
+        self._embed_tokens = decoder.embed_tokens
+        self._embed_scale = decoder.embed_scale
+        self._embed_norm = _norm(decoder.layernorm_embedding)
+        self._project_in = None if decoder.project_in_dim is None else _single(decoder.project_in_dim)
+        self._embed_positions = decoder.embed_positions
+        self._like = decoder.layers[0].fc1.weight.detach()
+        self._position_table = self._like.new_empty(0, self._like.size(1))
+
+        self._layers = [_Layer(layer) for layer in decoder.layers]
+        if self._layers[0].has_cross:
+            self._cross_kv = _fused(
+                *(
+                    projection
+                    for layer in decoder.layers
+                    for projection in (layer.encoder_attn.k_proj, layer.encoder_attn.v_proj)
+                )
+            )
+        vocabulary = _single(decoder.output_projection)
+        self._heads = {len(self._layers): _Head(decoder.layer_norm, decoder.project_out_dim, vocabulary)}
+        for depth in getattr(decoder, "exit_layers", ()):
+            norms, projections = decoder.exit_layer_norms, decoder.exit_output_projections
+            key = str(depth)
+            self._heads[depth] = _Head(
+                norms[key] if key in norms else None,
+                decoder.project_out_dim,
+                _single(projections[key]) if key in projections else vocabulary,
+            )
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(self._layers)
+
+    @property
+    def device(self) -> torch.device:
+        return self._like.device
+
+    def start(self, encoder_out: Tensor | None, padding_mask: Tensor | None, batch: int) -> DecoderState:
+        """Prepares a batch: projects the source to every layer's encoder-decoder attention keys and values.
+
+        Args:
+            encoder_out: (source, batch, encoder dim), or None for a decoder without encoder-decoder attention.
+            padding_mask: (batch, source), true at padding; None if there is none.
+            batch: number of sentences.
+        """
+        layer = self._layers[0]
+        length = 32 if encoder_out is None else 32 + 2 * encoder_out.size(0)
+        state = DecoderState(self.depth, layer.heads, layer.head_dim, self._like, batch, length)
+        if not layer.has_cross:
+            return state
+        source = encoder_out.size(0)
+        kv = self._cross_kv(encoder_out.reshape(source * batch, -1))
+        kv = kv.view(source, batch, self.depth, 2, layer.heads, layer.head_dim)
+        state.cross_kv = kv.permute(2, 3, 1, 4, 0, 5).contiguous()
+        if padding_mask is not None and padding_mask.any():
+            state.cross_mask = _additive(padding_mask, self._like.dtype)[:, None, None]
+        return state
+
+    def embed(self, tokens: Tensor, span: Span) -> Tensor:
+        """Token and position embeddings, (batch, new) -> (batch * new, dim)."""
+        x = self._embed_scale * self._embed_tokens(tokens)  # (batch, new, embed dim)
+        x = x.view(span.batch * span.new, -1)
+        if self._project_in is not None:
+            x = self._project_in(x)
+        if self._embed_positions is not None:
+            table = self._positions(span.end)
+            if span.start is not None:
+                x = x.view(span.batch, span.new, -1) + table[span.start : span.end]
+            else:
+                x = x.view(span.batch, span.new, -1) + table[span.positions]
+            x = x.view(span.batch * span.new, -1)
+        return x if self._embed_norm is None else self._embed_norm(x)
+
+    def run(self, x: Tensor, state: DecoderState, span: Span, first: int, last: int) -> Tensor:
+        """Layers ``first`` .. ``last`` - 1 over hidden states (batch * new, dim)."""
+        for index in range(first, last):
+            x = self._layers[index](index, x, state, span)
+        return x
+
+    def logits(self, x: Tensor, depth: int | None = None) -> Tensor:
+        """Vocabulary logits in float32 of hidden states after ``depth`` layers: (rows, dim) -> (rows, vocab).
+
+        ``depth`` is the decoder's own depth, or an exit layer of an early-exit decoder.
+        """
+        return self._heads[self.depth if depth is None else depth](x).float()
+
+    def _positions(self, length: int) -> Tensor:
+        """(at least length, dim) position embeddings; row i belongs to the i-th token of the decoder's input."""
+        if length > self._position_table.size(0):
+            self._position_table = _position_table(self._embed_positions, max(length, 256)).to(self._like)
+        return self._position_table
+
+
+def _position_table(module: nn.Module, length: int) -> Tensor:
+    first = module.padding_idx + 1
+    if isinstance(module, SinusoidalPositionalEmbedding):
+        return module.get_embedding(first + length, module.embedding_dim, module.padding_idx)[first:]
+    table = module.weight[first : first + length]
+    # Only the padding of a span can lie beyond the learned positions.
+    return F.pad(table, (0, 0, 0, length - table.size(0)))
+
+
+def unsupported_option(decoder: nn.Module) -> str | None:
+    """Why :class:`CachedDecoder` cannot run a decoder, naming the option; None if it can."""
+    if not isinstance(decoder, TransformerDecoderBase):
+        return f"its decoder is a {type(decoder).__name__}, not a fairseq Transformer decoder"
+    for name in ("extract_features", "extract_features_scriptable", "output_layer"):
+        implementation = getattr(type(decoder), name)
+        if implementation not in (
+            getattr(TransformerDecoderBase, name),
+            getattr(TransformerDecoder, name),
+        ):
+            return f"{type(decoder).__name__} computes {name} in its own way"
+    checks = {
+        "--adaptive-softmax-cutoff": decoder.adaptive_softmax is not None,
+        "--cross-self-attention": decoder.cross_self_attention,
+        "--quant-noise-pq": decoder.quant_noise is not None,
+        "--decoder-xformers-att-config": any(
+            getattr(layer.self_attn, "use_xformers", False) for layer in decoder.layers if hasattr(layer, "self_attn")
+        ),
+    }
+    for option, present in checks.items():
+        if present:
+            return f"it was trained with {option}"
+    for layer in decoder.layers:
+        if not isinstance(layer, TransformerDecoderLayerBase):
+            return f"it has a layer of type {type(layer).__name__} (--base-layers or a custom architecture)"
+        if type(layer).forward is not TransformerDecoderLayerBase.forward:
+            return f"{type(layer).__name__} computes its forward pass in its own way"
+        for attention in (layer.self_attn, layer.encoder_attn):
+            if attention is not None and (attention.bias_k is not None or attention.add_zero_attn):
+                return "its attention has an extra key (add_bias_kv or add_zero_attn)"
+    return None

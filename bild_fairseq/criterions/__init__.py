@@ -1,0 +1,5 @@
+"""Training losses."""
+
+from .early_exit_cross_entropy import EarlyExitLabelSmoothedCrossEntropyCriterion
+
+__all__ = ["EarlyExitLabelSmoothedCrossEntropyCriterion"]

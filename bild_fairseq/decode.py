@@ -1,0 +1,264 @@
+"""Big Little Decoder over a batch (Kim et al., NeurIPS 2023, Algorithm 1).
+
+The small model drafts token by token until it is unsure (fallback) or has drafted enough; the large model then
+reads the whole draft in one forward pass, keeps it up to the first token that it finds too unlikely (rollback),
+and adds one token of its own. Every sentence has its own turn, length and counters, so what it becomes does not
+depend on the other sentences of its batch; only the forward passes are shared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .constraints import Constraints
+from .policies import falls_back, rolls_back
+from .readers import Reader
+from .stats import Counters
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The thresholds and rules of a generation.
+
+    Args:
+        fallback_threshold: probability, 0 to 1; the small model hands over below it.
+        rollback_threshold: nats, 0 to inf; the large model goes back to the first draft token above it.
+        max_draft: tokens the small model may draft in a row.
+        start_small: the small model writes the first token, not the large one.
+        verify_end: the large model also verifies what was drafted before the end symbol.
+    """
+
+    fallback_threshold: float = 0.6
+    rollback_threshold: float = 2.0
+    max_draft: int = 10
+    start_small: bool = False
+    verify_end: bool = False
+
+
+@dataclass
+class Sentence:
+    """One sentence while it is generated, and the result."""
+
+    tokens: list[int]  # the start symbol, then what has been generated
+    prefix: int  # how many generated tokens were forced
+    scores: list[float] = field(default_factory=list)  # log-probability (nats) of each generated token
+    verified: int = 0  # generated tokens that the large model has produced or accepted
+    drafting: bool = False  # whose turn it is: the small model's if true
+    finished: bool = False
+    failed: str | None = None  # what went wrong, if the sentence was given up
+    counters: Counters = field(default_factory=Counters)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - 1
+
+    def append(self, token: int, score: float) -> None:
+        self.tokens.append(token)
+        self.scores.append(score)
+
+    def truncate(self, generated: int) -> None:
+        del self.tokens[generated + 1 :]
+        del self.scores[generated:]
+
+
+def decode(
+    large: Reader,
+    small: Reader | None,
+    start: int,
+    prefixes: Sequence[Sequence[int]],
+    policy: Policy,
+    constraints: Constraints,
+) -> list[Sentence]:
+    """Generates a batch.
+
+    Args:
+        large: reads and judges; its argmax is what a rollback puts in place.
+        small: drafts; None for plain greedy decoding with the large model.
+        start: the symbol that every sentence starts from.
+        prefixes: per sentence, generated tokens to start with; they count as verified.
+        policy: thresholds and rules.
+        constraints: limits that hold for both models at every position.
+
+    Returns:
+        a finished sentence per prefix, in order.
+    """
+    sentences = [_begin(start, prefix, policy, small is not None, constraints) for prefix in prefixes]
+    batch = _Batch(sentences, constraints)
+    while True:
+        while drafting := [row for row, sentence in enumerate(sentences) if sentence.drafting]:
+            _draft(batch, drafting, small, policy)
+        waiting = [row for row, sentence in enumerate(sentences) if not sentence.finished]
+        if not waiting:
+            return sentences
+        _verify(batch, waiting, large, small, policy)
+
+
+def _begin(start: int, prefix: Sequence[int], policy: Policy, has_small: bool, constraints: Constraints) -> Sentence:
+    prefix = list(prefix[: constraints.max_len])
+    return Sentence(
+        tokens=[start, *prefix],
+        prefix=len(prefix),
+        scores=[-math.inf] * len(prefix),  # until the model whose turn comes first has read them
+        verified=len(prefix),
+        drafting=has_small and policy.start_small,
+    )
+
+
+@dataclass
+class _Batch:
+    sentences: list[Sentence]
+    constraints: Constraints
+
+    def __post_init__(self) -> None:
+        self.tokens = [sentence.tokens for sentence in self.sentences]
+        self.prefixes = [sentence.prefix for sentence in self.sentences]
+
+    def predict(self, reader: Reader, rows: Sequence[int], last_only: bool) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Log-probabilities (predictions, vocab), and the row and position that each prediction is for.
+
+        Position i is that of the i-th generated token: i tokens precede it.
+        """
+        starts = [len(self.tokens[row]) - 1 if last_only else reader.consumed[row] for row in rows]
+        places = [
+            (row, position)
+            for row, first in zip(rows, starts, strict=True)
+            for position in range(first, len(self.tokens[row]))
+        ]
+        logits = reader.read(self.tokens, rows, last_only)
+        lprobs = torch.log_softmax(logits, dim=-1)
+        self.constraints.apply(lprobs, places, self.tokens, self.prefixes)
+        return lprobs, places
+
+
+def _draft(batch: _Batch, rows: Sequence[int], small: Reader, policy: Policy) -> None:
+    """One small step: every drafting sentence gets a token or hands over to the large model."""
+    eos = batch.constraints.eos
+    # A forced prefix that no model has read yet gets its scores from the small model.
+    unscored = any(not small.consumed[row] and batch.prefixes[row] for row in rows)
+    lprobs, places = batch.predict(small, rows, last_only=not unscored)
+    if unscored:
+        lprobs = _score_prefixes(batch, lprobs, places)
+    best_lprob, best = lprobs.max(dim=-1)
+    steps = _to_host(best, best_lprob, falls_back(best_lprob, policy.fallback_threshold))
+    for row, token, lprob, unsure in zip(rows, *steps, strict=True):
+        sentence = batch.sentences[row]
+        sentence.counters.small_calls += 1
+        if math.isnan(lprob):
+            _give_up(sentence, eos, "the small model's logits are not numbers")
+        elif sentence.prefix and sentence.tokens[-1] == eos:
+            _finish(sentence)
+        elif unsure:
+            sentence.counters.fallbacks += 1
+            sentence.drafting = False
+        else:
+            sentence.append(token, lprob)
+            sentence.counters.drafted += 1
+            if token == eos and not policy.verify_end:
+                _finish(sentence)
+            elif token == eos or sentence.generated - sentence.verified >= policy.max_draft:
+                sentence.drafting = False
+
+
+def _score_prefixes(batch: _Batch, lprobs: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
+    """Scores forced tokens; returns the predictions after each row's last token."""
+    last = []
+    for index, (row, position) in enumerate(places):
+        sentence = batch.sentences[row]
+        if position < sentence.generated:
+            sentence.scores[position] = lprobs[index, sentence.tokens[position + 1]].item()
+        else:
+            last.append(index)
+    return lprobs[last]
+
+
+def _verify(batch: _Batch, rows: Sequence[int], large: Reader, small: Reader | None, policy: Policy) -> None:
+    """One large step: judges every waiting sentence's draft in one forward pass and adds one token."""
+    eos = batch.constraints.eos
+    lprobs, places = batch.predict(large, rows, last_only=False)
+    # The token that stands at each place; none does at the last one of a row, and eos fills in.
+    standing = [
+        tokens[position + 1] if position + 1 < len(tokens) else eos
+        for tokens, position in ((batch.tokens[row], position) for row, position in places)
+    ]
+    standing = torch.tensor(standing, device=lprobs.device)
+    best_lprob, best = lprobs.max(dim=-1)
+    lprob = lprobs.gather(1, standing[:, None]).squeeze(1)
+    rejected = rolls_back(lprob, best == standing, policy.rollback_threshold)
+    judgements = list(zip(*_to_host(best, best_lprob, lprob, rejected), strict=True))
+
+    index = 0
+    for row in rows:
+        sentence = batch.sentences[row]
+        first = places[index][1]
+        last = index + sentence.generated - first + 1
+        _judge(sentence, first, judgements[index:last], eos)
+        index = last
+        # Whatever stood after the token that the large model put last is void.
+        large.rollback(row, len(sentence.tokens) - 1)
+        if small is not None and not sentence.finished:
+            small.rollback(row, len(sentence.tokens) - 1)
+            sentence.drafting = True
+
+
+def _judge(sentence: Sentence, first: int, judgements: Sequence[tuple[int, float, float, bool]], eos: int) -> None:
+    """The large model's verdict on one sentence.
+
+    Args:
+        first: position of the first judgement; the last one is for the token after the draft.
+        judgements: per position the large model's best token, its log-probability, the log-probability of the
+            token that stands there, and whether that token is to be rolled back if it is a draft.
+    """
+    counters = sentence.counters
+    counters.large_calls += 1
+    drafted = sentence.generated - sentence.verified
+    accepted = drafted
+    for position, (best, best_lprob, lprob, rejected) in enumerate(judgements, start=first):
+        if math.isnan(best_lprob):
+            _give_up(sentence, eos, "the large model's logits are not numbers")
+            return
+        if position == sentence.generated:
+            if not (sentence.generated and sentence.tokens[-1] == eos):
+                sentence.append(best, best_lprob)
+            break
+        if position >= sentence.verified and rejected:
+            counters.rollbacks += 1
+            accepted = position - sentence.verified
+            sentence.truncate(position)
+            sentence.append(best, best_lprob)
+            break
+        sentence.scores[position] = lprob
+    counters.accepted += accepted
+    counters.discarded += drafted - accepted
+    sentence.verified = sentence.generated
+    if sentence.tokens[-1] == eos:
+        _finish(sentence)
+
+
+def _finish(sentence: Sentence) -> None:
+    counters = sentence.counters
+    counters.tokens = sentence.generated
+    counters.unverified = counters.drafted - counters.accepted - counters.discarded
+    sentence.drafting = False
+    sentence.finished = True
+
+
+def _give_up(sentence: Sentence, eos: int, reason: str) -> None:
+    """Ends a sentence that cannot go on, keeping what it has; its score says that something is wrong."""
+    if not (sentence.generated and sentence.tokens[-1] == eos):
+        sentence.append(eos, -math.inf)
+    sentence.failed = reason
+    _finish(sentence)
+
+
+def _to_host(*tensors: Tensor) -> list[list]:
+    """Lists of one-dimensional tensors' values, with one transfer from a device."""
+    if tensors[0].device.type == "cpu":
+        return [tensor.tolist() for tensor in tensors]
+    # Token numbers are exact in double precision.
+    stacked = torch.stack([tensor.double() for tensor in tensors]).cpu()
+    return [row.to(tensor.dtype).tolist() for row, tensor in zip(stacked, tensors, strict=True)]

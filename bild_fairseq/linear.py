@@ -1,0 +1,78 @@
+"""Matrix products for a handful of rows.
+
+Decoding one sentence multiplies one to ten rows by every weight of the decoder, so the time goes into reading
+weights, and the kernel that reads them best depends on their size. ``scripts/bench_linear.py`` measures the
+choice made here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+LinearFn = Callable[[Tensor], Tensor]
+
+# Below this many weights (256 KiB in float32) the fixed cost of a oneDNN call is larger than the product.
+_PACK_FROM_NUMEL = 64 * 1024
+_PACKED_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@cache
+def _can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's prepacked product exists in this torch build and computes what ``F.linear`` does.
+
+    The two operators are the ones that inductor emits when it freezes a model. They are private to torch, hence
+    the trial; anything that goes wrong in it means ``F.linear``.
+    """
+    if dtype not in _PACKED_DTYPES or not torch.backends.mkldnn.is_available():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 16, generator=generator).to(dtype)
+    x = torch.randn(3, 16, generator=generator).to(dtype)
+    bias = torch.randn(24, generator=generator).to(dtype)
+    try:
+        got = _pack(weight, bias)(x)
+    except Exception as error:
+        logger.debug("no prepacked oneDNN product for %s: %s", dtype, error)
+        return False
+    tolerance = 1e-4 if dtype is torch.float32 else 5e-2
+    return torch.allclose(got.float(), F.linear(x, weight, bias).float(), atol=tolerance, rtol=tolerance)
+
+
+def _pack(weight: Tensor, bias: Tensor | None) -> LinearFn:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+    linear = torch.ops.mkldnn._linear_pointwise.default
+
+    def packed_linear(x: Tensor) -> Tensor:
+        return linear(x, packed, bias, "none", [], "")
+
+    return packed_linear
+
+
+def make_linear(weight: Tensor, bias: Tensor | None) -> LinearFn:
+    """A function that computes ``x @ weight.T + bias`` for few rows, with the weight laid out for it.
+
+    Args:
+        weight: (out, in); the layouts made from it are copies, later changes to it are not seen.
+        bias: (out,) or None.
+
+    Returns:
+        a function from (rows, in) to (rows, out).
+    """
+    weight = weight.detach()
+    bias = None if bias is None else bias.detach()
+    if weight.device.type != "cpu":
+        return lambda x: F.linear(x, weight, bias)
+    if weight.numel() >= _PACK_FROM_NUMEL and _can_pack(weight.dtype):
+        return _pack(weight, bias)
+    transposed = weight.t().contiguous()  # (in, out): a row of x reads it front to back
+    if bias is None:
+        return lambda x: torch.mm(x, transposed)
+    return lambda x: torch.addmm(bias, x, transposed)

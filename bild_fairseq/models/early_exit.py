@@ -1,0 +1,147 @@
+"""What turns a fairseq Transformer class into its early-exit version, and registers its sizes."""
+
+import argparse
+from typing import Any
+
+from fairseq.models import (
+    ARCH_CONFIG_REGISTRY,
+    ARCH_MODEL_INV_REGISTRY,
+    register_model_architecture,
+)
+from fairseq.models.transformer import TransformerConfig
+
+from ..errors import BildError
+from .exits import EarlyExitTransformerDecoder, parse_exit_layers
+
+PREFIX = "early_exit_"
+
+
+class EarlyExitMixin:
+    """Put in front of a fairseq Transformer model class: exits, their options, their training.
+
+    Without `return_exit_logits` the model computes exactly what the class behind it does.
+    """
+
+    def __init__(self, args, encoder, decoder):
+        super().__init__(args, encoder, decoder)
+        self.exit_freeze_model = args.exit_freeze_model
+        if self.exit_freeze_model:
+            self._freeze_all_but_exits()
+
+    @classmethod
+    def add_args(cls, parser) -> None:
+        """Adds the options of the class behind and those of the exits."""
+        super().add_args(parser)
+        parser.add_argument(
+            "--exit-layers",
+            type=_exit_layers_argument,
+            metavar="K[,K...]",
+            help="decoder layers that get a prediction head, counted from 1 at the bottom"
+            " (default: 1)",
+        )
+        parser.add_argument(
+            "--exit-share-output-projection",
+            action=argparse.BooleanOptionalAction,
+            help="exits use the decoder's output projection; with --no-... each has its own"
+            " (default: shared)",
+        )
+        parser.add_argument(
+            "--exit-freeze-model",
+            action="store_true",
+            help="train the exits alone; everything else stays as it was loaded, bit for bit",
+        )
+
+    @classmethod
+    def build_model(cls, args, task):
+        """Builds the model; options that are absent get their defaults.
+
+        Raises:
+            BildError: options that exits cannot work with, see `check_decoder_options`.
+        """
+        set_exit_defaults(args)
+        return super().build_model(args, task)
+
+    @classmethod
+    def build_decoder(cls, args, tgt_dict, embed_tokens):
+        cfg = TransformerConfig.from_namespace(args)
+        return EarlyExitTransformerDecoder(
+            cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention
+        )
+
+    def forward(self, *args, return_exit_logits: bool = False, **kwargs):
+        """The forward pass of the class behind, and on request the exits' scores from it.
+
+        The exits are computed here rather than by the criterion so that a distributed wrapper
+        sees every parameter used.
+
+        Returns:
+            (logits, extra); with `return_exit_logits`, ``extra["exit_logits"]`` maps each exit
+            layer to its scores, (batch, time, vocab).
+        """
+        logits, extra = super().forward(*args, **kwargs)
+        if return_exit_logits:
+            extra["exit_logits"] = {
+                layer: self.decoder.exit_logits(extra["inner_states"][layer], layer)
+                for layer in self.decoder.exit_layers
+            }
+        return logits, extra
+
+    def train(self, mode: bool = True):
+        """Sets training mode; a frozen model stays in evaluation mode, without any dropout."""
+        return super().train(mode and not self.exit_freeze_model)
+
+    def upgrade_state_dict_named(self, state_dict, name):
+        """Lets the checkpoint of a plain model load, see `fill_missing_exits`."""
+        super().upgrade_state_dict_named(state_dict, name)
+        self.decoder.fill_missing_exits(state_dict, f"{name}.decoder" if name else "decoder")
+
+    def _freeze_all_but_exits(self) -> None:
+        exit_parameters = list(self.decoder.exit_parameters())
+        if not exit_parameters:
+            raise BildError(
+                "--exit-freeze-model leaves nothing to train: the exits of this model share its"
+                " output projection and have no layer norm; add --no-exit-share-output-projection"
+            )
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        for parameter in exit_parameters:
+            parameter.requires_grad_(True)
+
+
+def set_exit_defaults(args: Any) -> None:
+    """Completes `args`, in place, with the exit options that it lacks; `exit_layers` as a list.
+
+    Raises:
+        BildError: `exit_layers` does not read as layers.
+    """
+    args.exit_layers = parse_exit_layers(getattr(args, "exit_layers", [1]))
+    args.exit_share_output_projection = getattr(args, "exit_share_output_projection", True)
+    args.exit_freeze_model = getattr(args, "exit_freeze_model", False)
+
+
+def register_early_exit_architectures(stock_model: str) -> None:
+    """Registers ``early_exit_<arch>`` for each architecture that fairseq has of `stock_model`.
+
+    Args:
+        stock_model: registered name of a fairseq model; ``early_exit_<stock_model>`` must be
+            registered already.
+    """
+    for stock_arch in list(ARCH_MODEL_INV_REGISTRY[stock_model]):
+        register = register_model_architecture(PREFIX + stock_model, PREFIX + stock_arch)
+        register(_with_exit_defaults(ARCH_CONFIG_REGISTRY[stock_arch]))
+
+
+def _with_exit_defaults(stock_defaults):
+    def set_defaults(args):
+        set_exit_defaults(args)
+        stock_defaults(args)
+
+    return set_defaults
+
+
+def _exit_layers_argument(text: str) -> list[int]:
+    try:
+        return parse_exit_layers(text)
+    except BildError as error:
+        # argparse prints the text of this type of error only.
+        raise argparse.ArgumentTypeError(str(error)) from error

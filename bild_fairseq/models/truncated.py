@@ -1,0 +1,59 @@
+"""The small model inside an early-exit model, as a model of its own."""
+
+import copy
+
+from fairseq.models.transformer import TransformerDecoderBase, TransformerModelBase
+from torch import nn
+
+from ..errors import BildError
+from .exits import EarlyExitTransformerDecoder
+
+
+def exit_model(model: nn.Module, exit_layer: int) -> TransformerModelBase:
+    """The first `exit_layer` decoder layers of an early-exit model, with that exit's head.
+
+    Args:
+        model: an early-exit model, on any device, in any precision.
+        exit_layer: one of ``model.decoder.exit_layers``.
+
+    Returns:
+        A stock Transformer with `model`'s own encoder and a stock decoder. It shares parameters
+        and modules with `model`: moving, casting or training one does so to the other.
+
+    Raises:
+        BildError: `model` has no exits, or none at `exit_layer`.
+    """
+    full = getattr(model, "decoder", None)
+    if not isinstance(full, EarlyExitTransformerDecoder):
+        raise BildError(
+            f"the model has no exits ({type(model).__name__}): it is not of an early_exit_*"
+            " architecture"
+        )
+    full.check_exit(exit_layer)
+    small = TransformerModelBase(full.cfg, model.encoder, _truncated_decoder(full, exit_layer))
+    small.cfg = small.decoder.cfg
+    small.training = model.training
+    return small
+
+
+def _truncated_decoder(
+    full: EarlyExitTransformerDecoder, exit_layer: int
+) -> TransformerDecoderBase:
+    cfg = copy.deepcopy(full.cfg)
+    cfg.decoder.layers = 0  # the constructor makes no layers, they come from the full decoder
+    decoder = TransformerDecoderBase(
+        cfg,
+        full.dictionary,
+        full.embed_tokens,
+        no_encoder_attn=cfg.no_cross_attention,
+        output_projection=full.exit_output_projection(exit_layer),
+    )
+    own = {"layers", "layer_norm", "output_projection"}
+    for name, module in full.named_children():
+        if name in decoder._modules and name not in own:
+            setattr(decoder, name, module)
+    decoder.layers = nn.ModuleList(full.layers[:exit_layer])
+    decoder.layer_norm = full.exit_layer_norm(exit_layer)
+    decoder.num_layers = cfg.decoder.layers = exit_layer
+    decoder.training = full.training
+    return decoder
