@@ -5,6 +5,9 @@ the early-exit architectures and their training loss.
 """
 
 from . import criterions, models  # noqa: F401
+from .config import BildGenerationConfig
 from .plugin import install
+
+__all__ = ["BildGenerationConfig"]
 
 install()

@@ -7,7 +7,7 @@ for any number of new tokens at any offset in each row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,8 @@ from fairseq.modules import SinusoidalPositionalEmbedding
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor, nn
 
-from .linear import LinearFn, make_linear
+from .linear import LinearFn, fused_linear, make_norm, projection
+from .source_attention import SourceAttention, SourceProjections
 
 
 class UnsupportedDecoder(ValueError):
@@ -54,8 +55,7 @@ class DecoderState:
         self._like = like
         self._shape = (2, batch, heads, head_dim)
         self.self_kv = [self._buffer(length) for _ in range(layers)]  # (2, batch, heads, length, dim)
-        self.cross_kv: Tensor | None = None  # (layers, 2, batch, heads, source, dim)
-        self.cross_mask: Tensor | None = None  # (batch, 1, 1, source)
+        self.source: SourceAttention | None = None  # None without encoder-decoder attention
 
     def _buffer(self, length: int) -> Tensor:
         # Zeros, not garbage: a masked position weighs 0, and 0 x NaN would still be NaN.
@@ -117,37 +117,10 @@ class DecoderState:
         seen = buffer[:, :, :, : span.end]
         return seen if span.whole else seen[:, span.rows.squeeze(1)]
 
-    def cross(self, layer: int, span: Span) -> tuple[Tensor, Tensor | None]:
-        """The source's keys and values (2, batch, heads, source, head_dim) and their mask for the span's rows."""
-        kv, mask = self.cross_kv[layer], self.cross_mask
-        if span.whole:
-            return kv, mask
-        rows = span.rows.squeeze(1)
-        return kv[:, rows], None if mask is None else mask[rows]
-
 
 def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where a key may be seen, -inf where it is hidden."""
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-
-
-def _norm(module: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
-    if module is None:
-        return None
-    shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
-    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
-
-
-def _fused(*projections: nn.Linear) -> LinearFn:
-    """One product that computes several projections of the same input side by side."""
-    weight = torch.cat([projection.weight for projection in projections])
-    if projections[0].bias is None:
-        return make_linear(weight, None)
-    return make_linear(weight, torch.cat([projection.bias for projection in projections]))
-
-
-def _single(projection: nn.Linear) -> LinearFn:
-    return make_linear(projection.weight, projection.bias)
 
 
 class _Layer:
@@ -157,21 +130,19 @@ class _Layer:
         attention = layer.self_attn
         self.heads, self.head_dim = attention.num_heads, attention.head_dim
         self.pre_norm = layer.normalize_before
-        self.qkv = _fused(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.self_out = _single(attention.out_proj)
-        self.self_norm = _norm(layer.self_attn_layer_norm)
+        self.qkv = fused_linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.self_out = projection(attention.out_proj)
+        self.self_norm = make_norm(layer.self_attn_layer_norm)
         self.scale_heads = None if layer.c_attn is None else layer.c_attn[:, None]
-        self.attn_norm = _norm(layer.attn_ln)
+        self.attn_norm = make_norm(layer.attn_ln)
         self.has_cross = layer.encoder_attn is not None
         if self.has_cross:
-            self.cross_q = _single(layer.encoder_attn.q_proj)
-            self.cross_out = _single(layer.encoder_attn.out_proj)
-            self.cross_norm = _norm(layer.encoder_attn_layer_norm)
-        self.fc1, self.fc2 = _single(layer.fc1), _single(layer.fc2)
+            self.cross_norm = make_norm(layer.encoder_attn_layer_norm)
+        self.fc1, self.fc2 = projection(layer.fc1), projection(layer.fc2)
         self.activation = layer.activation_fn
-        self.ffn_norm = _norm(layer.ffn_layernorm)
+        self.ffn_norm = make_norm(layer.ffn_layernorm)
         self.scale_residual = layer.w_resid
-        self.final_norm = _norm(layer.final_layer_norm)
+        self.final_norm = make_norm(layer.final_layer_norm)
 
     def __call__(self, index: int, x: Tensor, state: DecoderState, span: Span) -> Tensor:
         # x: (batch * new, dim)
@@ -179,8 +150,8 @@ class _Layer:
         if self.pre_norm:
             x = self.self_norm(x)
         qkv = self.qkv(x).view(span.batch, span.new, 3, self.heads, self.head_dim)
-        keys, values = state.extend_self(index, qkv[:, :, 1:], span)
-        x = self.self_out(self._attend(qkv[:, :, 0], keys, values, span.mask))
+        kv = state.extend_self(index, qkv[:, :, 1:], span)
+        x = self.self_out(self._attend(qkv[:, :, 0], kv[0], kv[1], span.mask))
         if self.scale_heads is not None:
             x = (x.view(-1, self.heads, self.head_dim) * self.scale_heads).view_as(residual)
         if self.attn_norm is not None:
@@ -193,9 +164,8 @@ class _Layer:
             residual = x
             if self.pre_norm:
                 x = self.cross_norm(x)
-            query = self.cross_q(x).view(span.batch, span.new, self.heads, self.head_dim)
-            (keys, values), mask = state.cross(index, span)
-            x = residual + self.cross_out(self._attend(query, keys, values, mask))
+            rows = None if span.whole else span.rows.squeeze(1)
+            x = residual + state.source(index, x, span.new, rows)
             if not self.pre_norm:
                 x = self.cross_norm(x)
 
@@ -222,8 +192,8 @@ class _Head:
     """From hidden states to logits: final norm, projection to the output width, vocabulary projection."""
 
     def __init__(self, norm: nn.Module | None, project_out: nn.Linear | None, vocabulary: LinearFn):
-        self._norm = _norm(norm)
-        self._project_out = None if project_out is None else _single(project_out)
+        self._norm = make_norm(norm)
+        self._project_out = None if project_out is None else projection(project_out)
         self._vocabulary = vocabulary
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -253,22 +223,16 @@ class CachedDecoder:
             raise UnsupportedDecoder(reason)
         self._embed_tokens = decoder.embed_tokens
         self._embed_scale = decoder.embed_scale
-        self._embed_norm = _norm(decoder.layernorm_embedding)
-        self._project_in = None if decoder.project_in_dim is None else _single(decoder.project_in_dim)
+        self._embed_norm = make_norm(decoder.layernorm_embedding)
+        self._project_in = None if decoder.project_in_dim is None else projection(decoder.project_in_dim)
         self._embed_positions = decoder.embed_positions
         self._like = decoder.layers[0].fc1.weight.detach()
         self._position_table = self._like.new_empty(0, self._like.size(1))
 
         self._layers = [_Layer(layer) for layer in decoder.layers]
         if self._layers[0].has_cross:
-            self._cross_kv = _fused(
-                *(
-                    projection
-                    for layer in decoder.layers
-                    for projection in (layer.encoder_attn.k_proj, layer.encoder_attn.v_proj)
-                )
-            )
-        vocabulary = _single(decoder.output_projection)
+            self._source = SourceProjections([layer.encoder_attn for layer in decoder.layers])
+        vocabulary = projection(decoder.output_projection)
         self._heads = {len(self._layers): _Head(decoder.layer_norm, decoder.project_out_dim, vocabulary)}
         for depth in getattr(decoder, "exit_layers", ()):
             norms, projections = decoder.exit_layer_norms, decoder.exit_output_projections
@@ -276,7 +240,7 @@ class CachedDecoder:
             self._heads[depth] = _Head(
                 norms[key] if key in norms else None,
                 decoder.project_out_dim,
-                _single(projections[key]) if key in projections else vocabulary,
+                projection(projections[key]) if key in projections else vocabulary,
             )
 
     @property
@@ -301,27 +265,21 @@ class CachedDecoder:
         state = DecoderState(self.depth, layer.heads, layer.head_dim, self._like, batch, length)
         if not layer.has_cross:
             return state
-        source = encoder_out.size(0)
-        kv = self._cross_kv(encoder_out.reshape(source * batch, -1))
-        kv = kv.view(source, batch, self.depth, 2, layer.heads, layer.head_dim)
-        state.cross_kv = kv.permute(2, 3, 1, 4, 0, 5).contiguous()
+        mask = None
         if padding_mask is not None and padding_mask.any():
-            state.cross_mask = _additive(padding_mask, self._like.dtype)[:, None, None]
+            mask = _additive(padding_mask, self._like.dtype)[:, None, None]
+        state.source = self._source.start(encoder_out, mask)
         return state
 
     def embed(self, tokens: Tensor, span: Span) -> Tensor:
         """Token and position embeddings, (batch, new) -> (batch * new, dim)."""
         x = self._embed_scale * self._embed_tokens(tokens)  # (batch, new, embed dim)
-        x = x.view(span.batch * span.new, -1)
         if self._project_in is not None:
-            x = self._project_in(x)
+            x = self._project_in(x.flatten(0, 1)).view(span.batch, span.new, -1)
         if self._embed_positions is not None:
             table = self._positions(span.end)
-            if span.start is not None:
-                x = x.view(span.batch, span.new, -1) + table[span.start : span.end]
-            else:
-                x = x.view(span.batch, span.new, -1) + table[span.positions]
-            x = x.view(span.batch * span.new, -1)
+            x = x + (table[span.positions] if span.start is None else table[span.start : span.end])
+        x = x.view(span.batch * span.new, -1)
         return x if self._embed_norm is None else self._embed_norm(x)
 
     def run(self, x: Tensor, state: DecoderState, span: Span, first: int, last: int) -> Tensor:

@@ -139,11 +139,11 @@ def _draft(batch: _Batch, rows: Sequence[int], small: Reader, policy: Policy) ->
     """One small step: every drafting sentence gets a token or hands over to the large model."""
     eos = batch.constraints.eos
     # A forced prefix that no model has read yet gets its scores from the small model.
-    unscored = any(not small.consumed[row] and batch.prefixes[row] for row in rows)
+    unscored = policy.start_small and any(batch.prefixes[row] and not small.consumed[row] for row in rows)
     lprobs, places = batch.predict(small, rows, last_only=not unscored)
     if unscored:
         lprobs = _score_prefixes(batch, lprobs, places)
-    best_lprob, best = lprobs.max(dim=-1)
+    best_lprob, best = _best(lprobs)
     steps = _to_host(best, best_lprob, falls_back(best_lprob, policy.fallback_threshold))
     for row, token, lprob, unsure in zip(rows, *steps, strict=True):
         sentence = batch.sentences[row]
@@ -186,7 +186,7 @@ def _verify(batch: _Batch, rows: Sequence[int], large: Reader, small: Reader | N
         for tokens, position in ((batch.tokens[row], position) for row, position in places)
     ]
     standing = torch.tensor(standing, device=lprobs.device)
-    best_lprob, best = lprobs.max(dim=-1)
+    best_lprob, best = _best(lprobs)
     lprob = lprobs.gather(1, standing[:, None]).squeeze(1)
     rejected = rolls_back(lprob, best == standing, policy.rollback_threshold)
     judgements = list(zip(*_to_host(best, best_lprob, lprob, rejected), strict=True))
@@ -249,10 +249,21 @@ def _finish(sentence: Sentence) -> None:
 
 def _give_up(sentence: Sentence, eos: int, reason: str) -> None:
     """Ends a sentence that cannot go on, keeping what it has; its score says that something is wrong."""
-    if not (sentence.generated and sentence.tokens[-1] == eos):
-        sentence.append(eos, -math.inf)
+    if sentence.generated and sentence.tokens[-1] == eos:
+        sentence.truncate(sentence.generated - 1)
+    sentence.append(eos, -math.inf)
     sentence.failed = reason
     _finish(sentence)
+
+
+def _best(lprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest log-probability of each row, and its token; a row with NaN gives NaN."""
+    if lprobs.device.type == "cpu":
+        # For few rows NumPy's argmax is several times as fast as torch's.
+        best = torch.from_numpy(lprobs.numpy().argmax(axis=1))
+    else:
+        best = lprobs.argmax(dim=-1)
+    return lprobs.gather(1, best[:, None]).squeeze(1), best
 
 
 def _to_host(*tensors: Tensor) -> list[list]:

@@ -14,10 +14,11 @@ import torch
 from fairseq.data import Dictionary
 from torch import Tensor, nn
 
-from .cached_decoder import CachedDecoder, UnsupportedDecoder
+from .cached_decoder import CachedDecoder, DecoderState, UnsupportedDecoder
 from .constraints import Constraints
 from .decode import Policy, Sentence, decode
 from .errors import BildError
+from .lean_encoder import LeanEncoder, is_stock
 from .readers import EnsembleReader, ExitReader, ModelReader, ResumeReader
 from .stats import Counters, summary, total
 
@@ -238,7 +239,7 @@ class BildGenerator:
 
 
 class _Member:
-    """One model of an ensemble with its decoder laid out for decoding."""
+    """One model of an ensemble, laid out for decoding."""
 
     def __init__(self, model: nn.Module, role: str):
         self.model = model
@@ -246,6 +247,7 @@ class _Member:
             self.decoder = CachedDecoder(model.decoder)
         except UnsupportedDecoder as error:
             raise BildError(f"the {role} model cannot be decoded from a cache: {error}") from error
+        self._encoder = LeanEncoder(model.encoder) if is_stock(model.encoder) else None
 
     def reader(self, net_input: dict[str, Any], batch: int, depth: int | None = None) -> ModelReader:
         return ModelReader(self.decoder, self._start(net_input, batch), depth)
@@ -253,7 +255,11 @@ class _Member:
     def exit_reader(self, net_input: dict[str, Any], batch: int, exit_layer: int) -> ExitReader:
         return ExitReader(self.decoder, self._start(net_input, batch), exit_layer)
 
-    def _start(self, net_input: dict[str, Any], batch: int):
-        out = self.model.encoder.forward_torchscript(net_input)
-        padding = out["encoder_padding_mask"]
-        return self.decoder.start(out["encoder_out"][0], padding[0] if padding else None, batch)
+    def _start(self, net_input: dict[str, Any], batch: int) -> DecoderState:
+        if self._encoder is not None:
+            encoder_out, padding = self._encoder(net_input["src_tokens"])
+        else:
+            out = self.model.encoder.forward_torchscript(net_input)
+            encoder_out, masks = out["encoder_out"][0], out["encoder_padding_mask"]
+            padding = masks[0] if masks else None
+        return self.decoder.start(encoder_out, padding, batch)

@@ -13,14 +13,14 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
 LinearFn = Callable[[Tensor], Tensor]
 
-# Below this many weights (256 KiB in float32) the fixed cost of a oneDNN call is larger than the product.
-_PACK_FROM_NUMEL = 64 * 1024
+# Up to this many weights (256 KiB in float32) the fixed cost of a oneDNN call is larger than what it saves.
+_PLAIN_UP_TO = 64 * 1024
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -70,9 +70,30 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> LinearFn:
     bias = None if bias is None else bias.detach()
     if weight.device.type != "cpu":
         return lambda x: F.linear(x, weight, bias)
-    if weight.numel() >= _PACK_FROM_NUMEL and _can_pack(weight.dtype):
+    if weight.numel() > _PLAIN_UP_TO and _can_pack(weight.dtype):
         return _pack(weight, bias)
     transposed = weight.t().contiguous()  # (in, out): a row of x reads it front to back
     if bias is None:
         return lambda x: torch.mm(x, transposed)
     return lambda x: torch.addmm(bias, x, transposed)
+
+
+def projection(module: nn.Linear) -> LinearFn:
+    """:func:`make_linear` of a module."""
+    return make_linear(module.weight, module.bias)
+
+
+def fused_linear(*modules: nn.Linear) -> LinearFn:
+    """One product that computes several projections of the same input side by side."""
+    weight = torch.cat([module.weight for module in modules])
+    if modules[0].bias is None:
+        return make_linear(weight, None)
+    return make_linear(weight, torch.cat([module.bias for module in modules]))
+
+
+def make_norm(module: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
+    """A layer norm without the overhead of calling a module; None stays None."""
+    if module is None:
+        return None
+    shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
+    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)

@@ -63,11 +63,14 @@ class EarlyExitLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCrite
     plus w times the Kullback-Leibler divergence from the last layer's distribution to the
     exit's. The last layer is the teacher only: no gradient reaches it through that term.
 
-    Logged, in bits a token: ``loss``, the weighted mean; ``final_loss`` and ``nll_loss`` of the
-    last layer, the latter comparable with a stock run's; ``exit1_loss`` and ``exit1_nll_loss``
-    for an exit at layer 1, and so on; with distillation ``exit1_kl``. And ``ppl`` and
-    ``accuracy`` of the last layer, ``exit1_ppl`` and ``exit1_accuracy`` of an exit; accuracies
-    are the percentage of target tokens that have the highest probability.
+    Logged, in training and validation, for an exit at layer 1 and so on:
+
+    - ``loss``, the weighted mean, of ``final_loss`` for the last layer and ``exit1_loss``: bits
+      a token, or a sentence with ``--sentence-avg``;
+    - ``nll_loss``, ``ppl`` and ``accuracy`` of the last layer, which mean what they do in a stock
+      run, and ``exit1_nll_loss``, ``exit1_ppl`` and ``exit1_accuracy``: bits a token, 2 to the
+      power of that, and the percentage of target tokens that are the most probable one;
+    - with distillation ``exit1_kl``, the divergence, in bits a token.
 
     Raises:
         BildError: weights that are not numbers from 0 up with a positive sum, or a distillation
@@ -149,9 +152,7 @@ class EarlyExitLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCrite
         return loss, sample_size, logging_output
 
     def _smoothed_loss(self, lprobs, target, reduce):
-        return label_smoothed_nll_loss(
-            lprobs, target, self.eps, ignore_index=self.padding_idx, reduce=reduce
-        )
+        return label_smoothed_nll_loss(lprobs, target, self.eps, ignore_index=self.padding_idx, reduce=reduce)
 
     def _divergence(self, teacher, lprobs, target, reduce):
         """KL(teacher || exit) from log-probabilities; padding counts 0."""
@@ -193,9 +194,7 @@ def parse_loss_weights(text: str) -> list[float]:
     except ValueError:
         weights = [math.nan]
     if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
-        raise BildError(
-            f"--exit-loss-weights {text}: give numbers from 0 up, not all 0, such as 1,1,2"
-        )
+        raise BildError(f"--exit-loss-weights {text}: give numbers from 0 up, not all 0, such as 1,1,2")
     return weights
 
 

@@ -34,16 +34,13 @@ class EarlyExitMixin:
         super().add_args(parser)
         parser.add_argument(
             "--exit-layers",
-            type=_exit_layers_argument,
             metavar="K[,K...]",
-            help="decoder layers that get a prediction head, counted from 1 at the bottom"
-            " (default: 1)",
+            help="decoder layers that get a prediction head, counted from 1 at the bottom (default: 1)",
         )
         parser.add_argument(
             "--exit-share-output-projection",
             action=argparse.BooleanOptionalAction,
-            help="exits use the decoder's output projection; with --no-... each has its own"
-            " (default: shared)",
+            help="exits use the decoder's output projection; with --no-... each has its own (default: shared)",
         )
         parser.add_argument(
             "--exit-freeze-model",
@@ -64,9 +61,7 @@ class EarlyExitMixin:
     @classmethod
     def build_decoder(cls, args, tgt_dict, embed_tokens):
         cfg = TransformerConfig.from_namespace(args)
-        return EarlyExitTransformerDecoder(
-            cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention
-        )
+        return EarlyExitTransformerDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 
     def forward(self, *args, return_exit_logits: bool = False, **kwargs):
         """The forward pass of the class behind, and on request the exits' scores from it.
@@ -89,6 +84,15 @@ class EarlyExitMixin:
     def train(self, mode: bool = True):
         """Sets training mode; a frozen model stays in evaluation mode, without any dropout."""
         return super().train(mode and not self.exit_freeze_model)
+
+    def make_generation_fast_(self, **kwargs):
+        """Prepares for inference, after which fairseq allows no training.
+
+        A frozen model then gives its plain model's output bit for bit: PyTorch chooses among
+        matrix products, which round differently, by whether a weight requires gradients.
+        """
+        super().make_generation_fast_(**kwargs)
+        self.requires_grad_(True)
 
     def upgrade_state_dict_named(self, state_dict, name):
         """Lets the checkpoint of a plain model load, see `fill_missing_exits`."""
@@ -137,11 +141,3 @@ def _with_exit_defaults(stock_defaults):
         stock_defaults(args)
 
     return set_defaults
-
-
-def _exit_layers_argument(text: str) -> list[int]:
-    try:
-        return parse_exit_layers(text)
-    except BildError as error:
-        # argparse prints the text of this type of error only.
-        raise argparse.ArgumentTypeError(str(error)) from error

@@ -12,6 +12,4 @@ def switch_off_encoder_fast_path() -> None:
     """
     if "can_use_fastpath" in TransformerEncoderLayerBase.__init__.__code__.co_names:
         # Layers assign the attribute in their constructor, so the class takes no notice of that.
-        TransformerEncoderLayerBase.can_use_fastpath = property(
-            lambda layer: False, lambda layer, value: None
-        )
+        TransformerEncoderLayerBase.can_use_fastpath = property(lambda layer: False, lambda layer, value: None)

@@ -8,7 +8,6 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 
-import torch
 from fairseq.models.transformer import TransformerConfig, TransformerDecoderBase
 from torch import Tensor, nn
 
@@ -31,8 +30,7 @@ def parse_exit_layers(value: str | int | Sequence[int]) -> list[int]:
         layers = []
     if not layers or layers[0] < 1 or layers != sorted(set(layers)):
         raise BildError(
-            f"--exit-layers {value}: give decoder layers counted from 1 at the bottom, ascending,"
-            " such as 1 or 1,2"
+            f"--exit-layers {value}: give decoder layers counted from 1 at the bottom, ascending, such as 1 or 1,2"
         )
     return layers
 
@@ -49,17 +47,12 @@ def check_decoder_options(cfg: TransformerConfig) -> None:
     highest = parse_exit_layers(cfg.exit_layers)[-1]
     if highest > last:
         raise BildError(
-            f"--exit-layers {highest}: with --decoder-layers {cfg.decoder.layers} the highest"
-            f" exit is {last}"
+            f"--exit-layers {highest}: with --decoder-layers {cfg.decoder.layers} the highest exit is {last}"
         )
     if cfg.decoder.layerdrop > 0:
-        raise BildError(
-            "--decoder-layerdrop skips layers, so an exit has no fixed layer under it; leave it 0"
-        )
+        raise BildError("--decoder-layerdrop skips layers, so an exit has no fixed layer under it; leave it 0")
     if cfg.adaptive_softmax_cutoff is not None:
-        raise BildError(
-            "--adaptive-softmax-cutoff does not work with early exit; train with a plain softmax"
-        )
+        raise BildError("--adaptive-softmax-cutoff does not work with early exit; train with a plain softmax")
     if cfg.base_layers:
         raise BildError("--base-layers changes what an exit layer counts; leave it 0")
 
@@ -78,9 +71,7 @@ class EarlyExitTransformerDecoder(TransformerDecoderBase):
         BildError: see `check_decoder_options`.
     """
 
-    def __init__(
-        self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None
-    ):
+    def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None):
         check_decoder_options(cfg)
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
         self.exit_layers = parse_exit_layers(cfg.exit_layers)
@@ -157,11 +148,10 @@ class EarlyExitTransformerDecoder(TransformerDecoderBase):
                     continue
                 parameter = key.partition(".")[2]  # "weight" of "1.weight"
                 start = state_dict.get(f"{name}.{origin}.{parameter}", current)
-                state_dict[f"{name}.{heads}.{key}"] = torch.clone(start)
+                state_dict[f"{name}.{heads}.{key}"] = start
                 filled.append(f"{heads}.{key}")
         if filled:
             logger.info(
-                "the checkpoint has no %s; they start as copies of its final layer norm and"
-                " output projection",
+                "the checkpoint has no %s; they start as copies of its final layer norm and output projection",
                 ", ".join(filled),
             )

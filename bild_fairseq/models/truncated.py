@@ -25,20 +25,15 @@ def exit_model(model: nn.Module, exit_layer: int) -> TransformerModelBase:
     """
     full = getattr(model, "decoder", None)
     if not isinstance(full, EarlyExitTransformerDecoder):
-        raise BildError(
-            f"the model has no exits ({type(model).__name__}): it is not of an early_exit_*"
-            " architecture"
-        )
+        raise BildError(f"the model has no exits ({type(model).__name__}): it is not of an early_exit_* architecture")
     full.check_exit(exit_layer)
-    small = TransformerModelBase(full.cfg, model.encoder, _truncated_decoder(full, exit_layer))
-    small.cfg = small.decoder.cfg
+    decoder = _truncated_decoder(full, exit_layer)
+    small = TransformerModelBase(decoder.cfg, model.encoder, decoder)
     small.training = model.training
     return small
 
 
-def _truncated_decoder(
-    full: EarlyExitTransformerDecoder, exit_layer: int
-) -> TransformerDecoderBase:
+def _truncated_decoder(full: EarlyExitTransformerDecoder, exit_layer: int) -> TransformerDecoderBase:
     cfg = copy.deepcopy(full.cfg)
     cfg.decoder.layers = 0  # the constructor makes no layers, they come from the full decoder
     decoder = TransformerDecoderBase(
@@ -48,9 +43,9 @@ def _truncated_decoder(
         no_encoder_attn=cfg.no_cross_attention,
         output_projection=full.exit_output_projection(exit_layer),
     )
-    own = {"layers", "layer_norm", "output_projection"}
+    replaced = {"layers", "layer_norm", "output_projection"}
     for name, module in full.named_children():
-        if name in decoder._modules and name not in own:
+        if hasattr(decoder, name) and name not in replaced:
             setattr(decoder, name, module)
     decoder.layers = nn.ModuleList(full.layers[:exit_layer])
     decoder.layer_norm = full.exit_layer_norm(exit_layer)

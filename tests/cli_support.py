@@ -1,0 +1,301 @@
+"""A tiny translation task, models trained on it, and fairseq's programs, for tests of the command line.
+
+A program is run in a child forked from a warm interpreter that has imported fairseq, without the plugin, and
+nothing else. From there on all is as in the console script: arguments, streams, exit status, ``atexit`` and the
+hook for uncaught errors.
+"""
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from fairseq import tasks
+from fairseq.models import ARCH_CONFIG_REGISTRY
+from fairseq.tasks import FairseqTask
+
+import bild_fairseq
+
+USER_DIR = bild_fairseq.__path__[0]
+
+_SERVER = """
+import importlib, json, os, sys
+import fairseq.checkpoint_utils, fairseq.options, fairseq.sequence_generator, fairseq.trainer
+
+for line in iter(sys.stdin.readline, ""):
+    job = json.loads(line)
+    child = os.fork()
+    if not child:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+for number, path in enumerate(job["streams"]):
+    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+sys.stdin = open(0, encoding="utf-8")
+os.environ.update(job["environment"])
+sys.argv = job["arguments"]
+if job["program"] == "python":
+    sys.path.insert(0, job["root"])
+    exec(job["arguments"].pop(0))
+else:
+    importlib.import_module("fairseq_cli." + job["program"]).cli_main()
+"""
+
+
+@dataclass
+class Run:
+    """What a program left behind."""
+
+    status: int
+    out: str
+    err: str
+
+    def fields(self, kind: str) -> dict[int, list[str]]:
+        """The lines ``<kind>-<number>\\t...`` as number -> the rest, split at tabs; each number occurs once."""
+        found: dict[int, list[str]] = {}
+        for line in self.out.splitlines():
+            head, *rest = line.split("\t")
+            if head.startswith(f"{kind}-") and head[2:].isdigit():
+                assert int(head[2:]) not in found, f"{head} is printed twice"
+                found[int(head[2:])] = rest
+        return found
+
+    def texts(self) -> dict[int, str]:
+        """Hypotheses as sentence number -> words."""
+        return {number: text for number, (_, text) in self.fields("H").items()}
+
+    def scores(self) -> dict[int, float]:
+        return {number: float(score) for number, (score, _) in self.fields("H").items()}
+
+    def positional_scores(self) -> dict[int, list[float]]:
+        return {number: [float(score) for score in line.split()] for number, (line,) in self.fields("P").items()}
+
+    def error(self) -> str:
+        """The one line that a refused command ends with, once it is certain that there was one and no more."""
+        assert self.status != 0
+        assert "Traceback" not in self.out + self.err, self.err
+        assert not self.fields("H"), "sentences were translated before the error"
+        lines = self.err.splitlines()
+        messages = [line for line in lines if line.startswith("bild_fairseq:")]
+        assert messages and messages == lines[-1:], self.err[-2000:]
+        return messages[0]
+
+
+def assert_same_hypotheses(run: Run, stock: Run) -> None:
+    """The same words, and the same scores as far as four decimals show them."""
+    assert run.texts() == stock.texts()
+    assert run.scores() == pytest.approx(stock.scores(), abs=1e-4)
+    positional, wanted = run.positional_scores(), stock.positional_scores()
+    assert positional.keys() == wanted.keys()
+    for number, scores in wanted.items():
+        # Printed with four decimals: the last one may be rounded the other way.
+        assert positional[number] == pytest.approx(scores, abs=1.5e-4), number
+
+
+class Programs:
+    """Runs fairseq's programs."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._numbers = itertools.count()
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", _SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def __call__(
+        self,
+        program: str,
+        *arguments: object,
+        text: str = "",
+        status: int | None = 0,
+        environment: Mapping[str, str] | None = None,
+    ) -> Run:
+        """Runs ``fairseq-<program>``.
+
+        Args:
+            program: ``generate``, ``interactive``, ``train``, ``preprocess``; or ``python``, whose first argument
+                is code.
+            arguments: of the command line; anything with a ``str``.
+            text: standard input.
+            status: the exit status that is asserted; None for any.
+            environment: variables to set.
+        """
+        number = next(self._numbers)
+        streams = [self._folder / f"{number}.{name}" for name in ("in", "out", "err")]
+        streams[0].write_text(text)
+        job = {
+            "program": program,
+            "arguments": [f"fairseq-{program}"] * (program != "python") + [str(argument) for argument in arguments],
+            "streams": [str(stream) for stream in streams],
+            "environment": dict(environment or {}),
+            "root": str(Path(USER_DIR).parent),
+        }
+        self._server.stdin.write(json.dumps(job) + "\n")
+        self._server.stdin.flush()
+        run = Run(int(self._server.stdout.readline()), *(stream.read_text() for stream in streams[1:]))
+        assert status is None or run.status == status, f"{job['arguments']}\n{run.out[-2000:]}\n{run.err[-2000:]}"
+        return run
+
+    def close(self) -> None:
+        self._server.stdin.close()
+        self._server.wait()
+
+
+# Stock fairseq opens its own checkpoints with torch 2.6 and later only like this.
+STOCK = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+POSITIONS = 40  # of the large model, on both sides, end symbol included
+SENTENCES = 37  # far from a multiple of any batch size
+WORDS = ["a", "b", "c", "d@@", "e", "f", "g", "h"]
+
+
+def _translate(word: str) -> str:
+    """Upper case, except that two words have the same translation: the dictionaries differ in size."""
+    return "G" if word == "h" else word.upper()
+
+
+def _write_text(folder: Path) -> None:
+    dice = random.Random(4)
+    for split, count in (("train", 400), ("valid", 20), ("test", SENTENCES)):
+        lines = [dice.choices(WORDS, k=1 + i % 8) for i in range(count)]
+        if split == "test":
+            lines[3][1] = lines[20][0] = "unseen"
+        for language, convert in (("x", str), ("y", _translate)):
+            text = "".join(" ".join(map(convert, line)) + "\n" for line in lines)
+            (folder / f"{split}.{language}").write_text(text)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tiny task with trained models; its test sentences have 1 to 8 words, two of them unknown."""
+
+    programs: Programs
+    data: Path
+    large: Path
+    large_halfway: Path  # the same training, stopped earlier
+    small: Path
+    small_halfway: Path
+
+    def generate(self, *options: object, **kwargs: object) -> Run:
+        """``fairseq-generate`` with the plugin."""
+        return self.programs("generate", *self.arguments(*options), "--user-dir", USER_DIR, **kwargs)
+
+    def interactive(self, *options: object, **kwargs: object) -> Run:
+        """``fairseq-interactive`` with the plugin."""
+        return self.programs("interactive", *self.arguments(*options), "--user-dir", USER_DIR, **kwargs)
+
+    def stock(self, *options: object, program: str = "generate", **kwargs: object) -> Run:
+        """A program without the plugin; greedy, and without losing sentences."""
+        greedy = ["--required-batch-size-multiple", 1, "--beam", 1]
+        return self.programs(program, *self.arguments(*greedy, *options), environment=STOCK, **kwargs)
+
+    def arguments(self, *options: object) -> list[str]:
+        """The data, the large model and a length limit unless the options name others, and the options."""
+        defaults = [] if "--path" in options else ["--path", self.large]
+        if "--max-len-b" not in options:
+            defaults += ["--max-len-b", 12]
+        # A run without a worker process and a progress bar is shorter, and no different.
+        defaults += ["--num-workers", 0, "--no-progress-bar", "-s", "x", "-t", "y"]
+        return [str(option) for option in (self.data, *defaults, *options)]
+
+    def bild(self, *options: object) -> list[object]:
+        return ["--generator", "bild", "--bild-small-path", self.small, *options]
+
+    def lossless(self, *options: object) -> list[object]:
+        return self.bild("--bild-rollback-threshold", 0, "--bild-verify-end", *options)
+
+    def task(self, data: Path | None = None, **options: object) -> FairseqTask:
+        """The translation task that the programs set up."""
+        options = {"source_lang": "x", "target_lang": "y", "left_pad_source": True, **options}
+        return tasks.setup_task(Namespace(task="translation", data=str(data or self.data), **options))
+
+    def checkpoint(self, path: Path, task: FairseqTask | None = None, **changes: object) -> Path:
+        """Writes the checkpoint of a model like the small one, but with other options and weights at random.
+
+        Args:
+            path: file to write.
+            task: whose dictionaries the model has; this corpus's unless given.
+            changes: options of the model, ``arch`` among them.
+        """
+        state = torch.load(self.small, weights_only=False)
+        options = {**vars(state["cfg"]["model"]), **changes}
+        if "arch" in changes:
+            options["_name"] = changes["arch"]
+        args = Namespace(**options)
+        ARCH_CONFIG_REGISTRY[args.arch](args)
+        state["cfg"]["model"] = args
+        state["model"] = (task or self.task()).build_model(args).state_dict()
+        return save(path, state)
+
+
+def save(path: Path, state: object) -> Path:
+    """``torch.save`` that makes the folder and returns the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path)
+    return path
+
+
+def joined(paths: Iterable[Path]) -> str:
+    """Checkpoints of an ensemble as the command line takes them."""
+    return os.pathsep.join(map(str, paths))
+
+
+def _train(programs: Programs, data: Path, folder: Path, updates: int, *options: object) -> list[Path]:
+    """Trains with the plugin loaded; returns the last checkpoint and one from halfway."""
+    half = updates // 2
+    size = [("--embed-dim", 32), ("--ffn-embed-dim", 48), ("--attention-heads", 2)]
+    programs(
+        "train",
+        *(data, "--user-dir", USER_DIR, "--save-dir", folder, "--cpu", "-s", "x", "-t", "y"),
+        *("--arch", "transformer_tiny", "--encoder-layers", 1, "--share-decoder-input-output-embed", *options),
+        *(part for name, value in size for side in ("encoder", "decoder") for part in (f"--{side}{name[1:]}", value)),
+        *("--optimizer", "adam", "--lr", 0.005, "--batch-size", 32, "--dropout", 0, "--num-workers", 0),
+        *("--max-update", updates, "--save-interval-updates", half, "--no-epoch-checkpoints"),
+        *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1, "--log-format", "none"),
+    )
+    (halfway,) = folder.glob(f"checkpoint_*_{half}.pt")
+    return [folder / "checkpoint_last.pt", halfway]
+
+
+def _make_corpus(folder: Path, programs: Programs) -> Corpus:
+    _write_text(folder)
+    data = folder / "data"
+    splits = [f"--{split}pref={folder / split}" for split in ("train", "valid", "test")]
+    programs("preprocess", "-s", "x", "-t", "y", "--padding-factor", 1, "--destdir", data, *splits)
+    # fairseq 0.12.2 alone cannot run a post-norm encoder over a padded batch with the torch of today.
+    kind = [
+        "--encoder-normalize-before",
+        "--decoder-normalize-before",
+        "--encoder-learned-pos",
+        "--decoder-learned-pos",
+    ]
+    limits = ["--max-source-positions", POSITIONS, "--max-target-positions", POSITIONS]
+    trained = _train(programs, data, folder / "large", 240, "--decoder-layers", 2, *kind, *limits)
+    trained += _train(programs, data, folder / "small", 100, "--decoder-layers", 1, "--seed", 2)
+    return Corpus(programs, data, *trained)
+
+
+_CORPUS = pytest.StashKey()
+
+
+@pytest.fixture(scope="session")
+def corpus(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Made once a session, however many modules import the fixture."""
+    stash = request.config.stash
+    if _CORPUS not in stash:
+        programs = Programs(tmp_path_factory.mktemp("streams"))
+        request.config.add_cleanup(programs.close)
+        stash[_CORPUS] = _make_corpus(tmp_path_factory.mktemp("corpus"), programs)
+    return stash[_CORPUS]
