@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# Makes the two models of the quickstart from nothing: data, training, averaging, export. About two
+# hours on two cores.
+#
+#   bash train.sh WORKDIR [PACKAGES]
+#
+# PACKAGES is a folder with the two LibreOffice help .deb files; without it apt-get downloads them.
+# The results are WORKDIR/models and WORKDIR/test. A finished step is not repeated, and an
+# interrupted training goes on from its last epoch.
+set -euo pipefail
+
+if [[ $# -lt 1 || $# -gt 2 ]]; then
+    echo "usage: train.sh WORKDIR [PACKAGES]" >&2
+    exit 2
+fi
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+plugin=$(cd "$here/../.." && pwd)/bild_fairseq
+work=$1
+packages=${2:-}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
+
+if ! python -c 'import fairseq, sacremoses, subword_nmt'; then
+    echo "train.sh: the active Python lacks the package named above: see the README" >&2
+    exit 1
+fi
+
+step() {
+    echo "== $*"
+}
+
+# train NAME OPTIONS...: a fairseq-train run with the options that all models share.
+train() {
+    local name=$1
+    shift
+    step "training the $name model"
+    python -m fairseq_cli.train "$work/data/data-bin" \
+        --user-dir "$plugin" --save-dir "$work/$name" \
+        --source-lang de --target-lang en --cpu --num-workers 0 --seed 1 \
+        --share-all-embeddings --encoder-normalize-before --decoder-normalize-before \
+        --encoder-attention-heads 4 --decoder-attention-heads 4 \
+        --max-source-positions 512 --max-target-positions 512 \
+        --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 \
+        --lr-scheduler polynomial_decay --label-smoothing 0.1 \
+        --max-tokens 1280 --required-batch-size-multiple 1 \
+        --skip-invalid-size-inputs-valid-test \
+        --keep-last-epochs 5 --no-progress-bar --log-interval 50 "$@"
+}
+
+large=(
+    --encoder-layers 3 --encoder-embed-dim 256 --encoder-ffn-embed-dim 1024
+    --decoder-layers 6 --decoder-embed-dim 256 --decoder-ffn-embed-dim 1024
+)
+small=(
+    --encoder-layers 2 --encoder-embed-dim 128 --encoder-ffn-embed-dim 512
+    --decoder-layers 1 --decoder-embed-dim 128 --decoder-ffn-embed-dim 512
+)
+
+if [[ ! -e $work/raw/test.en ]]; then
+    step "extracting the parallel text"
+    python "$here/extract_lohelp.py" "$work/raw" ${packages:+--packages "$packages"}
+fi
+if [[ ! -e $work/data/data-bin/test.de-en.en.idx ]]; then
+    step "tokenizing and binarizing"
+    python "$here/preprocess.py" learn "$work/raw" "$work/data"
+fi
+
+export_mean() {
+    python "$here/export_checkpoint.py" "$work/$1" "$2" --last 2
+}
+
+train plain --arch transformer "${large[@]}" --criterion label_smoothed_cross_entropy \
+    --dropout 0.15 --lr 1e-3 --warmup-updates 500 --total-num-update 4600 --max-epoch 8
+export_mean plain "$work/plain.pt"
+
+# The large model that ships serves in both modes: the plain one, trained on with a head on its first decoder layer.
+train early-exit --arch early_exit_transformer --exit-layers 1 "${large[@]}" \
+    --finetune-from-model "$work/plain.pt" \
+    --criterion early_exit_label_smoothed_cross_entropy --exit-distill 0.5 \
+    --dropout 0.15 --lr 4e-4 --warmup-updates 100 --total-num-update 1100 --max-epoch 2
+export_mean early-exit "$work/models/large.pt"
+
+train small --arch transformer "${small[@]}" --criterion label_smoothed_cross_entropy \
+    --dropout 0.1 --lr 2e-3 --warmup-updates 500 --total-num-update 4100 --max-epoch 8
+export_mean small "$work/models/small.pt"
+
+cp "$work/data/codes" "$work"/data/data-bin/dict.{de,en}.txt "$work/models/"
+mkdir -p "$work/test"
+for language in de en; do
+    head -n 300 "$work/raw/test.$language" > "$work/test/test.$language"
+done
+step "done: $work/models and $work/test"
