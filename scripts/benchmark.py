@@ -71,14 +71,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--fp16", action="store_true", help="half precision")
     parser.add_argument(
         "--systems",
-        help="which, joined by commas: fairseq, fairseq-beam5, greedy, small, bild, lossless, exit, exit-alone, "
-        "ctranslate2-float32, ctranslate2-int8 (default: all that the models allow, without ctranslate2)",
+        help="which, joined by commas: fairseq, fairseq-beam5, greedy, small, bild, lossless, exit-full, exit-alone, "
+        "exit, exit-lossless, ctranslate2-float32, ctranslate2-int8 (default: all that the models allow, without "
+        "ctranslate2)",
     )
     parser.add_argument(
         "--bild",
         action="append",
         metavar="FALLBACK,ROLLBACK",
-        help="thresholds of the bild and exit systems; repeat for several (default: 0.6,2)",
+        help="thresholds of the bild system; repeat for several (default: 0.6,2)",
+    )
+    parser.add_argument(
+        "--exit", action="append", metavar="FALLBACK,ROLLBACK", help="thresholds of the exit system (default: --bild's)"
     )
     parser.add_argument(
         "--lossless-fallback", type=float, default=0.6, help="fallback threshold of the lossless system (default: 0.6)"
@@ -167,14 +171,17 @@ def ctranslate2_run(compute_type: str, task: FairseqTask, args: argparse.Namespa
 
 
 def make_systems(task: FairseqTask, large: torch.nn.Module, args: argparse.Namespace) -> list[System]:
-    settings = [tuple(map(float, text.split(","))) for text in args.bild or ["0.6,2"]]
+    bild_settings = args.bild or ["0.6,2"]
     lossless = Policy(args.lossless_fallback, 0.0, args.max_draft, verify_end=True)
     small = load_small([args.small], task, large) if args.small else []
-    early = load_model(args.early_exit, task, args) if args.early_exit else None
+    early = None
+    if args.early_exit:
+        early = large if args.early_exit == args.large else load_model(args.early_exit, task, args)
     exit_layer = args.exit_layer or (min(early.decoder.exit_layers) if early else None)
 
-    def policies(name: str) -> list[tuple[str, Policy]]:
-        return [(f"{name} ({f:g}, {r:g})", Policy(f, r, args.max_draft)) for f, r in settings]
+    def policies(name: str, settings: Sequence[str]) -> list[tuple[str, Policy]]:
+        thresholds = [tuple(map(float, setting.split(","))) for setting in settings]
+        return [(f"{name} ({f:g}, {r:g})", Policy(f, r, args.max_draft)) for f, r in thresholds]
 
     makers: dict[str, Callable[[], list[System]]] = {
         "fairseq": lambda: [System("fairseq --beam 1", stock([large], task, 1))],
@@ -184,15 +191,21 @@ def make_systems(task: FairseqTask, large: torch.nn.Module, args: argparse.Names
     if small:
         makers |= {
             "small": lambda: [ours("small alone", small, task, alone=True)],
-            "bild": lambda: [ours(name, [large], task, small_models=small, policy=p) for name, p in policies("bild")],
+            "bild": lambda: [
+                ours(name, [large], task, small_models=small, policy=p) for name, p in policies("bild", bild_settings)
+            ],
             "lossless": lambda: [ours("bild lossless", [large], task, small_models=small, policy=lossless)],
         }
     if early:
         makers |= {
             "exit-full": lambda: [ours("early-exit model, full depth", [early], task, alone=True)],
+            "exit-lossless": lambda: [
+                ours(f"exit {exit_layer} lossless", [early], task, exit_layer=exit_layer, policy=lossless)
+            ],
             "exit-alone": lambda: [ours(f"exit {exit_layer} alone", [early], task, alone=True, exit_layer=exit_layer)],
             "exit": lambda: [
-                ours(name, [early], task, exit_layer=exit_layer, policy=p) for name, p in policies(f"exit {exit_layer}")
+                ours(name, [early], task, exit_layer=exit_layer, policy=p)
+                for name, p in policies(f"exit {exit_layer}", args.exit or bild_settings)
             ],
         }
     default = ",".join(makers)

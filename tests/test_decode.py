@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fairseq.models.transformer import TransformerEncoder
 from fairseq.sequence_generator import SequenceGenerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -425,6 +426,24 @@ def test_greedy_generator_is_fairseqs_for_every_architecture(architecture):
         found = hypotheses(generator([large], [], rules, alone=True), batch)
         for hypothesis, greedy in zip(found, wanted, strict=True):
             assert_same_hypothesis(hypothesis, greedy)
+
+
+def test_an_encoder_with_a_forward_pass_of_its_own_runs_as_it_is():
+    """Only stock encoders are recomputed; the output is fairseq's for any other."""
+
+    class Negated(TransformerEncoder):
+        def forward_embedding(self, src_tokens, token_embedding=None):
+            x, embedding = super().forward_embedding(src_tokens, token_embedding)
+            return -x, embedding
+
+    large = model(5, **PRE_NORM)
+    rules = Rules()
+    before = hypotheses(generator([large], [], rules, alone=True), sample(BATCH))
+    large.encoder.__class__ = Negated
+    found = hypotheses(generator([large], [], rules, alone=True), sample(BATCH))
+    for hypothesis, greedy in zip(found, hypotheses(stock([large], rules), sample(BATCH)), strict=True):
+        assert_same_hypothesis(hypothesis, greedy)
+    assert any(one["tokens"].tolist() != other["tokens"].tolist() for one, other in zip(before, found, strict=True))
 
 
 def test_greedy_ensemble_is_fairseqs():

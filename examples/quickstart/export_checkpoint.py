@@ -21,7 +21,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from bild_fairseq.checkpoints import allow_fairseq_globals  # noqa: E402
 
 # Settings that name places: inference gets them from its own command line.
-PLACES = {"data": "data-bin", "save_dir": "checkpoints", "user_dir": None, "plasma_path": "plasma"}
+PLACES = {
+    "data": "data-bin",
+    "save_dir": "checkpoints",
+    "user_dir": None,
+    "plasma_path": "plasma",
+    "finetune_from_model": None,
+}
 
 
 def last_checkpoints(save_dir: pathlib.Path, count: int) -> list[pathlib.Path]:

@@ -39,6 +39,6 @@ tail -n 5 "$work/log"
 echo
 echo "== Measuring: every system on the same $sentences sentences, in turns"
 python "$root/scripts/benchmark.py" "$work/data-bin" --sentences "$sentences" --threads "$threads" \
-    --large "$here/models/large.pt" --small "$here/models/small.pt" \
-    --reference "$here/data/test.en" --systems fairseq,greedy,small,bild,lossless 2>"$work/log" ||
+    --large "$here/models/large.pt" --small "$here/models/small.pt" --early-exit "$here/models/large.pt" \
+    --reference "$here/data/test.en" --systems fairseq,greedy,small,bild,lossless,exit-alone,exit 2>"$work/log" ||
     { cat "$work/log" >&2; exit 1; }
