@@ -64,24 +64,25 @@ if [[ ! -e $work/data/data-bin/test.de-en.en.idx ]]; then
     python "$here/preprocess.py" learn "$work/raw" "$work/data"
 fi
 
-export_mean() {
-    python "$here/export_checkpoint.py" "$work/$1" "$2" --last 2
+# export_model NAME OUT EPOCHS: the mean of a run's last epochs.
+export_model() {
+    python "$here/export_checkpoint.py" "$work/$1" "$2" --last "$3"
 }
 
 train plain --arch transformer "${large[@]}" --criterion label_smoothed_cross_entropy \
     --dropout 0.15 --lr 1e-3 --warmup-updates 500 --total-num-update 4600 --max-epoch 8
-export_mean plain "$work/plain.pt"
+export_model plain "$work/plain.pt" 2
 
 # The large model that ships serves in both modes: the plain one, trained on with a head on its first decoder layer.
 train early-exit --arch early_exit_transformer --exit-layers 1 "${large[@]}" \
     --finetune-from-model "$work/plain.pt" \
     --criterion early_exit_label_smoothed_cross_entropy --exit-distill 0.5 \
     --dropout 0.15 --lr 4e-4 --warmup-updates 100 --total-num-update 1100 --max-epoch 2
-export_mean early-exit "$work/models/large.pt"
+export_model early-exit "$work/models/large.pt" 1
 
 train small --arch transformer "${small[@]}" --criterion label_smoothed_cross_entropy \
     --dropout 0.1 --lr 2e-3 --warmup-updates 500 --total-num-update 4100 --max-epoch 8
-export_mean small "$work/models/small.pt"
+export_model small "$work/models/small.pt" 2
 
 cp "$work/data/codes" "$work"/data/data-bin/dict.{de,en}.txt "$work/models/"
 mkdir -p "$work/test"
