@@ -21,6 +21,7 @@ from .errors import BildError
 
 # What torch.load reports of a file that is no checkpoint, is cut off, or holds what is not allowed.
 _LOAD_ERRORS = (
+    OSError,
     RuntimeError,
     pickle.UnpicklingError,
     EOFError,
@@ -36,9 +37,11 @@ def allow_fairseq_globals() -> None:
 
     From torch 2.6 on ``torch.load`` refuses every class that is not allowed by name. These hold data only.
     """
-    scalar = np.float64(0).__reduce__()[0]  # in numpy.core or numpy._core, depending on the version
+    scalar = np.float64(0).__reduce__()[0]
+    # NumPy 2 moved it; checkpoints name the place that their NumPy had.
+    scalars = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
-    torch.serialization.add_safe_globals([argparse.Namespace, scalar, np.dtype, *dtypes])
+    torch.serialization.add_safe_globals([argparse.Namespace, np.dtype, *scalars, *dtypes])
 
 
 def with_readable_errors(load: Callable[..., dict]) -> Callable[..., dict]:
@@ -55,9 +58,12 @@ def with_readable_errors(load: Callable[..., dict]) -> Callable[..., dict]:
 
 
 def _explain(error: Exception) -> str:
-    refused = re.search(r"Unsupported (?:global|class|operand)[^\n]*?(?:GLOBAL )?([\w.]+) ", str(error))
+    refused = re.search(r"GLOBAL ([\w.]+)", str(error))
     if refused:
         return f"it holds {refused[1]}, not only data, and could run code; it is not opened"
+    if isinstance(error, pickle.UnpicklingError):
+        # torch's own words advise to load it unsafely.
+        return "it is damaged, or no checkpoint at all"
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 

@@ -243,6 +243,8 @@ class _Member:
 
     def __init__(self, model: nn.Module, role: str):
         self.model = model
+        if not hasattr(model, "encoder"):
+            raise BildError(f"the {role} model has no encoder, so it is not an encoder-decoder Transformer")
         try:
             self.decoder = CachedDecoder(model.decoder)
         except UnsupportedDecoder as error:

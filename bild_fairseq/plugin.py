@@ -26,6 +26,7 @@ from fairseq import checkpoint_utils, options, tasks, utils
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.dataclass.initialize import hydra_init
 from fairseq.sequence_generator import SequenceGenerator
+from fairseq.sequence_scorer import SequenceScorer
 from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
@@ -98,6 +99,8 @@ def _check_large_paths(namespace: argparse.Namespace) -> None:
 
 def _reporting(build: Callable[..., Any]) -> Callable[..., Any]:
     """Has a program print the summary and write the statistics when it ends, however it ends."""
+    if hasattr(build, "reports"):
+        return build
 
     @functools.wraps(build)
     def build_generator(*args: Any, **kwargs: Any) -> Any:
@@ -106,12 +109,14 @@ def _reporting(build: Callable[..., Any]) -> Callable[..., Any]:
             atexit.register(_report, generator)
         return generator
 
+    build_generator.reports = True
     return build_generator
 
 
 def _report(generator: BildGenerator) -> None:
-    sys.stdout.flush()
-    print(generator.summary(), file=sys.stderr)
+    if generator.counters().tokens:
+        sys.stdout.flush()
+        print(generator.summary(), file=sys.stderr)
     generator.finish()
 
 
@@ -129,7 +134,7 @@ def _guarded(build: Callable[..., Any], task: str) -> Callable[..., Any]:
     def build_generator(self: FairseqTask, models: Any, args: Any, *more: Any, **kwargs: Any) -> Any:
         generator = build(self, models, args, *more, **kwargs)
         wanted = str(option(args, "generator"))
-        if wanted != "beam" and isinstance(generator, SequenceGenerator):
+        if wanted != "beam" and not isinstance(generator, (BildGenerator, SequenceScorer)):
             raise BildError(f"--task {task} builds its own generator; --generator {wanted} needs another task")
         return generator
 
@@ -163,7 +168,7 @@ def _build(task: FairseqTask, models: Sequence[nn.Module], args: Any, extra: dic
         if name not in ("lm_weight", "eos", "symbols_to_strip_from_output") and value is not None:
             raise BildError(f"--generator {args.generator} does not support {name}")
     if option(args, "beam") != 1:
-        logger.info("--generator %s is greedy: --beam %d becomes 1", args.generator, args.beam)
+        logger.info("--generator %s is greedy: --beam %d becomes 1", args.generator, option(args, "beam"))
         args.beam = 1
     small = load_small(small_paths(args), task, models[0])
     if small:

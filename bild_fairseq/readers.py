@@ -159,6 +159,7 @@ class ExitReader(_Cursor):
 
     def hidden(self, span: Span) -> Tensor:
         """Hidden states at the exit of the span's positions, (batch * new, dim)."""
+        self._reserve(self._hidden)
         if span.start is not None:
             x = self._hidden[:, span.start : span.end]
         else:
@@ -176,17 +177,21 @@ class ExitReader(_Cursor):
         return x, counts, new
 
     def _keep(self, x: Tensor, span: Span) -> None:
-        length = 0 if self._hidden is None else self._hidden.size(1)
-        if length < self.state.length:
-            grown = x.new_zeros(self.state.batch, self.state.length, x.size(1))
-            if length:
-                grown[:, :length] = self._hidden
-            self._hidden = grown
+        self._reserve(x)
         x = x.view(span.batch, span.new, -1)
         if span.start is not None:
             self._hidden[:, span.start : span.end] = x
         else:
             self._hidden[span.rows, span.positions] = x
+
+    def _reserve(self, like: Tensor) -> None:
+        """Keeps room for as many positions as the cache has."""
+        length = 0 if self._hidden is None else self._hidden.size(1)
+        if length < self.state.length:
+            grown = like.new_zeros(self.state.batch, self.state.length, like.size(-1))
+            if length:
+                grown[:, :length] = self._hidden
+            self._hidden = grown
 
 
 class ResumeReader(_Cursor):

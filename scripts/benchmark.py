@@ -78,11 +78,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--bild",
         action="append",
-        metavar="FALLBACK,ROLLBACK",
-        help="thresholds of the bild system; repeat for several (default: 0.6,2)",
+        metavar="FALLBACK,ROLLBACK[,end]",
+        help="thresholds of the bild system, with ',end' for --bild-verify-end; repeat for several (default: 0.6,2)",
     )
     parser.add_argument(
-        "--exit", action="append", metavar="FALLBACK,ROLLBACK", help="thresholds of the exit system (default: --bild's)"
+        "--exit", action="append", metavar="FALLBACK,ROLLBACK[,end]", help="the same for the exit system"
     )
     parser.add_argument(
         "--lossless-fallback", type=float, default=0.6, help="fallback threshold of the lossless system (default: 0.6)"
@@ -170,6 +170,14 @@ def ctranslate2_run(compute_type: str, task: FairseqTask, args: argparse.Namespa
     return run
 
 
+def parse_policy(setting: str, max_draft: int) -> Policy:
+    """Reads ``FALLBACK,ROLLBACK[,end]``."""
+    fallback, rollback, *end = setting.split(",")
+    if end not in ([], ["end"]):
+        raise BildError(f"{setting}: write FALLBACK,ROLLBACK or FALLBACK,ROLLBACK,end")
+    return Policy(float(fallback), float(rollback), max_draft, verify_end=bool(end))
+
+
 def make_systems(task: FairseqTask, large: torch.nn.Module, args: argparse.Namespace) -> list[System]:
     bild_settings = args.bild or ["0.6,2"]
     lossless = Policy(args.lossless_fallback, 0.0, args.max_draft, verify_end=True)
@@ -180,8 +188,7 @@ def make_systems(task: FairseqTask, large: torch.nn.Module, args: argparse.Names
     exit_layer = args.exit_layer or (min(early.decoder.exit_layers) if early else None)
 
     def policies(name: str, settings: Sequence[str]) -> list[tuple[str, Policy]]:
-        thresholds = [tuple(map(float, setting.split(","))) for setting in settings]
-        return [(f"{name} ({f:g}, {r:g})", Policy(f, r, args.max_draft)) for f, r in thresholds]
+        return [(f"{name} ({setting})", parse_policy(setting, args.max_draft)) for setting in settings]
 
     makers: dict[str, Callable[[], list[System]]] = {
         "fairseq": lambda: [System("fairseq --beam 1", stock([large], task, 1))],
