@@ -31,7 +31,7 @@ fairseq-generate "$work/data-bin" --user-dir "$root/bild_fairseq" --cpu --batch-
     --remove-bpe >"$work/out" 2>"$work/log" || { cat "$work/log" >&2; exit 1; }
 for id in 0 3 5; do
     paste -d'\t' <(echo German) <(sed -n "$((id + 1))p" "$here/data/test.de")
-    grep "^D-$id	" "$work/out" | cut -f3 | sed 's/^/BiLD\t/'
+    grep "^D-$id	" "$work/out" | cut -f3 | sacremoses -q -l en detokenize 2>/dev/null | sed 's/^/BiLD\t/'
 done
 echo
 tail -n 5 "$work/log"
@@ -40,5 +40,6 @@ echo
 echo "== Measuring: every system on the same $sentences sentences, in turns"
 python "$root/scripts/benchmark.py" "$work/data-bin" --sentences "$sentences" --threads "$threads" \
     --large "$here/models/large.pt" --small "$here/models/small.pt" --early-exit "$here/models/large.pt" \
-    --reference "$here/data/test.en" --systems fairseq,greedy,small,bild,lossless,exit-alone,exit 2>"$work/log" ||
+    --reference "$here/data/test.en" --lossless-fallback 0.25 --bild 0.6,2 --bild 0.2,2,end --exit 0.6,2 --exit 0.2,1,end \
+    --systems fairseq,greedy,small,bild,lossless,exit-alone,exit,exit-lossless 2>"$work/log" ||
     { cat "$work/log" >&2; exit 1; }
