@@ -38,7 +38,7 @@ def _can_pack(dtype: torch.dtype) -> bool:
     x = torch.randn(3, 16, generator=generator).to(dtype)
     bias = torch.randn(24, generator=generator).to(dtype)
     try:
-        got = _pack(weight, bias)(x)
+        got = pack(weight, bias)(x)
     except Exception as error:
         logger.debug("no prepacked oneDNN product for %s: %s", dtype, error)
         return False
@@ -46,7 +46,8 @@ def _can_pack(dtype: torch.dtype) -> bool:
     return torch.allclose(got.float(), F.linear(x, weight, bias).float(), atol=tolerance, rtol=tolerance)
 
 
-def _pack(weight: Tensor, bias: Tensor | None) -> LinearFn:
+def pack(weight: Tensor, bias: Tensor | None) -> LinearFn:
+    """A product with the weight in oneDNN's own layout."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
     linear = torch.ops.mkldnn._linear_pointwise.default
 
@@ -54,6 +55,14 @@ def _pack(weight: Tensor, bias: Tensor | None) -> LinearFn:
         return linear(x, packed, bias, "none", [], "")
 
     return packed_linear
+
+
+def transpose(weight: Tensor, bias: Tensor | None) -> LinearFn:
+    """A product with the weight stored as (in, out), which a row of input reads front to back."""
+    transposed = weight.t().contiguous()
+    if bias is None:
+        return lambda x: torch.mm(x, transposed)
+    return lambda x: torch.addmm(bias, x, transposed)
 
 
 def make_linear(weight: Tensor, bias: Tensor | None) -> LinearFn:
@@ -71,11 +80,8 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> LinearFn:
     if weight.device.type != "cpu":
         return lambda x: F.linear(x, weight, bias)
     if weight.numel() > _PLAIN_UP_TO and _can_pack(weight.dtype):
-        return _pack(weight, bias)
-    transposed = weight.t().contiguous()  # (in, out): a row of x reads it front to back
-    if bias is None:
-        return lambda x: torch.mm(x, transposed)
-    return lambda x: torch.addmm(bias, x, transposed)
+        return pack(weight, bias)
+    return transpose(weight, bias)
 
 
 def projection(module: nn.Linear) -> LinearFn:
