@@ -11,14 +11,37 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .constraints import Constraints
 from .policies import falls_back, rolls_back
-from .readers import Reader
 from .stats import Counters
+
+
+class Reader(Protocol):
+    """One side of the decoding: reads tokens, predicts the next ones, and can go back."""
+
+    consumed: list[int]  # per row: tokens read so far, the start symbol included
+
+    def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> Tensor:
+        """Reads all that it has not consumed of some rows.
+
+        Args:
+            tokens: every row of the batch, the start symbol first.
+            rows: the rows to read; each has at least one unread token.
+            last_only: predictions after the last token of each row only, instead of after every token read.
+
+        Returns:
+            float32 logits (predictions, vocab): for each row in order, one prediction after each token read.
+        """
+        ...
+
+    def rollback(self, row: int, length: int) -> None:
+        """Forgets all but the first ``length`` tokens of a row; later tokens are read anew."""
+        ...
 
 
 @dataclass(frozen=True)
