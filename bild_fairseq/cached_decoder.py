@@ -207,7 +207,7 @@ class _Head:
 class CachedDecoder:
     """The weights of a fairseq Transformer decoder, laid out for reading few tokens at a time.
 
-    Weights are copied when the object is made; training the decoder afterwards does not change it.
+    Matrices are copied when the object is made, the rest is shared: build a new one after training the decoder.
 
     Args:
         decoder: a ``TransformerDecoderBase`` (architectures ``transformer*``, ``bart*`` and the early-exit

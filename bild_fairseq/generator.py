@@ -47,7 +47,7 @@ class BildGenerator:
     out for decoding when the generator is made; later changes to them are not seen.
 
     Args:
-        models: the large model, or the members of an ensemble; in eval mode.
+        models: the large model, or the members of an ensemble; they are put into eval mode, as fairseq does.
         tgt_dict: target dictionary.
         policy: thresholds and rules.
         options: length limits, penalties and the like.
@@ -243,6 +243,7 @@ class _Member:
 
     def __init__(self, model: nn.Module, role: str):
         self.model = model
+        model.eval()
         if not hasattr(model, "encoder"):
             raise BildError(f"the {role} model has no encoder, so it is not an encoder-decoder Transformer")
         try:

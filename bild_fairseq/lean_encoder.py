@@ -21,7 +21,7 @@ class LeanEncoder:
     """The weights of a fairseq Transformer encoder, laid out for few sentences.
 
     Args:
-        encoder: in eval mode; :func:`is_stock` tells whether it can be used. Weights are copied.
+        encoder: in eval mode; :func:`is_stock` tells whether it can be used. Matrices are copied.
     """
 
     def __init__(self, encoder: TransformerEncoderBase):
