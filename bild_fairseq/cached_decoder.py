@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 
 from .linear import LinearFn, fused_linear, make_norm, projection
 from .source_attention import SourceAttention, SourceProjections
+
+# After which of the tokens that are read the next one is predicted: every one, each sentence's last, none.
+Select = Literal["all", "last", "none"]
 
 
 class UnsupportedDecoder(ValueError):
@@ -56,6 +60,7 @@ class DecoderState:
         self._shape = (2, batch, heads, head_dim)
         self.self_kv = [self._buffer(length) for _ in range(layers)]  # (2, batch, heads, length, dim)
         self.source: SourceAttention | None = None  # None without encoder-decoder attention
+        self._hidden: Tensor | None = None  # (batch, length, dim)
 
     def _buffer(self, length: int) -> Tensor:
         # Zeros, not garbage: a masked position weighs 0, and 0 x NaN would still be NaN.
@@ -74,6 +79,30 @@ class DecoderState:
         for layer, old in enumerate(self.self_kv):
             self.self_kv[layer] = self._buffer(length)
             self.self_kv[layer][:, :, :, : old.size(3)] = old
+
+    def keep_hidden(self, x: Tensor, span: Span) -> None:
+        """Keeps hidden states (batch * new, dim) of a shallow pass for a deep one."""
+        if self._hidden is None or self._hidden.size(1) < self.length:
+            grown = x.new_zeros(self.batch, self.length, x.size(-1))
+            if self._hidden is not None:
+                grown[:, : self._hidden.size(1)] = self._hidden
+            self._hidden = grown
+        x = x.view(span.batch, span.new, -1)
+        if span.start is not None:
+            self._hidden[:, span.start : span.end] = x
+        else:
+            self._hidden[span.rows, span.positions] = x
+
+    def hidden(self, span: Span) -> Tensor:
+        """Hidden states that were kept at the span's positions, (batch * new, dim)."""
+        # Padding may lie beyond what has been kept; it is read, and ignored.
+        if self._hidden.size(1) < span.end:
+            self._hidden = F.pad(self._hidden, (0, 0, 0, self.length - self._hidden.size(1)))
+        if span.start is not None:
+            x = self._hidden[:, span.start : span.end]
+        else:
+            x = self._hidden[span.rows, span.positions]
+        return x.reshape(span.batch * span.new, -1)
 
     def span(self, rows: Sequence[int], starts: Sequence[int], new: int) -> Span:
         """The forward pass that reads ``new`` tokens of each of ``rows``, from offset ``starts[i]`` on."""
@@ -271,7 +300,46 @@ class CachedDecoder:
         state.source = self._source.start(encoder_out, mask)
         return state
 
-    def embed(self, tokens: Tensor, span: Span) -> Tensor:
+    def read(
+        self,
+        state: DecoderState,
+        unread: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        starts: Sequence[int],
+        layers: tuple[int, int],
+        select: Select,
+        keep: bool = False,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Reads new tokens of some sentences, through some of the layers.
+
+        Args:
+            state: what has been read of the batch; the new tokens' keys and values are added.
+            unread: per sentence the tokens to read, one or more.
+            rows: which sentences of the batch these are.
+            starts: per sentence the position of its first new token.
+            layers: the first layer to run and the first one not to run. The second one is the decoder's depth or an
+                exit layer; with a first one above 0 the pass goes on from hidden states that an earlier pass kept.
+            select: after which tokens the next one is predicted.
+            keep: whether the hidden states are kept for a pass that goes on from here.
+
+        Returns:
+            for each selected token, in order, the next one's float32 logits (predictions, vocab) and their logsumexp
+            (predictions,); None if none was selected.
+        """
+        first, last = layers
+        counts = [len(tokens) for tokens in unread]
+        span = state.span(rows, starts, max(counts))
+        x = state.hidden(span) if first else self._embed(_pad(unread, span.new, self.device), span)
+        for index in range(first, last):
+            x = self._layers[index](index, x, state, span)
+        if keep:
+            state.keep_hidden(x, span)
+        if select == "none":
+            return None
+        logits = self._heads[last](_select(x, counts, span.new, select == "last")).float()
+        return logits, torch.logsumexp(logits, dim=-1)
+
+    def _embed(self, tokens: Tensor, span: Span) -> Tensor:
         """Token and position embeddings, (batch, new) -> (batch * new, dim)."""
         x = self._embed_scale * self._embed_tokens(tokens)  # (batch, new, embed dim)
         if self._project_in is not None:
@@ -282,27 +350,37 @@ class CachedDecoder:
         x = x.view(span.batch * span.new, -1)
         return x if self._embed_norm is None else self._embed_norm(x)
 
-    def run(self, x: Tensor, state: DecoderState, span: Span, first: int, last: int) -> Tensor:
-        """Layers ``first`` .. ``last`` - 1 over hidden states (batch * new, dim)."""
-        for index in range(first, last):
-            x = self._layers[index](index, x, state, span)
-        return x
-
-    def logits(self, x: Tensor, depth: int | None = None) -> Tensor:
-        """Vocabulary logits in float32 of hidden states after ``depth`` layers: (rows, dim) -> (rows, vocab).
-
-        ``depth`` is the decoder's own depth, or an exit layer of an early-exit decoder.
-        """
-        return self._heads[self.depth if depth is None else depth](x).float()
-
     def _positions(self, length: int) -> Tensor:
         """(at least length, dim) position embeddings; row i belongs to the i-th token of the decoder's input."""
         if length > self._position_table.size(0):
-            self._position_table = _position_table(self._embed_positions, max(length, 256)).to(self._like)
+            self._position_table = position_table(self._embed_positions, max(length, 256)).to(self._like)
         return self._position_table
 
 
-def _position_table(module: nn.Module, length: int) -> Tensor:
+def _pad(unread: Sequence[Sequence[int]], new: int, device: torch.device) -> Tensor:
+    """Tokens of sentences, padded on the right with each one's last: (sentences, new)."""
+    padded = [[*tokens, *([tokens[-1]] * (new - len(tokens)))] for tokens in unread]
+    return torch.tensor(padded, device=device)
+
+
+def _select(x: Tensor, counts: Sequence[int], new: int, last_only: bool) -> Tensor:
+    """Drops padding, and all but the last position of each sentence if only that is wanted.
+
+    Args:
+        x: (sentences * new, dim); sentence i has ``counts[i]`` real positions.
+    """
+    if min(counts) == new:
+        return x[new - 1 :: new] if last_only else x
+    index = [
+        sentence * new + position
+        for sentence, count in enumerate(counts)
+        for position in range(count - 1 if last_only else 0, count)
+    ]
+    return x[torch.tensor(index, device=x.device)]
+
+
+def position_table(module: nn.Module, length: int) -> Tensor:
+    """Position embeddings by the number of tokens before a token: (length, dim)."""
     first = module.padding_idx + 1
     if isinstance(module, SinusoidalPositionalEmbedding):
         return module.get_embedding(first + length, module.embedding_dim, module.padding_idx)[first:]

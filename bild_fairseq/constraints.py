@@ -6,8 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor
+
+# NumPy's on a CPU, torch's on other devices; what is done with them here reads the same for both.
+Array = np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -28,40 +31,40 @@ class Constraints:
 
     def apply(
         self,
-        lprobs: Tensor,
+        logits: Array,
+        normalizers: Array,
         places: Sequence[tuple[int, int]],
         tokens: Sequence[Sequence[int]],
         prefix_lengths: Sequence[int],
     ) -> None:
-        """Changes log-probabilities in place; what is left is not renormalised.
+        """Changes logits in place; what is left is not renormalised.
 
         Args:
-            lprobs: (predictions, vocab).
+            logits: (predictions, vocab).
+            normalizers: (predictions,) logsumexp of the logits before any change.
             places: for each prediction the row and the position (0: the first generated token) it is for.
             tokens: every row of the batch, the start symbol first.
             prefix_lengths: per row, the number of forced tokens.
         """
-        lprobs[:, self.pad] = -math.inf
+        logits[:, self.pad] = -math.inf
         if self.unk_penalty:
-            lprobs[:, self.unk] -= self.unk_penalty
+            logits[:, self.unk] -= self.unk_penalty
         for index, (row, position) in enumerate(places):
             if position >= self.max_len:
-                self._only_end(lprobs[index])
+                end = float(logits[index, self.eos])
+                logits[index] = -math.inf
+                logits[index, self.eos] = end
             elif position >= prefix_lengths[row]:
                 if position < self.min_len:
-                    lprobs[index, self.eos] = -math.inf
+                    logits[index, self.eos] = -math.inf
                 if self.no_repeat_ngram_size:
                     banned = _repeats(tokens[row][: position + 1], self.no_repeat_ngram_size)
-                    lprobs[index, torch.tensor(banned, dtype=torch.long, device=lprobs.device)] = -math.inf
+                    if banned:
+                        logits[index, banned] = -math.inf
             if self.exact_lengths is not None:
                 # fairseq's LengthConstrainedBeamSearch makes the end certain at the source's length.
                 ended = position >= self.exact_lengths[row]
-                lprobs[index, self.eos] = 0.0 if ended else -math.inf
-
-    def _only_end(self, lprobs: Tensor) -> None:
-        end = lprobs[self.eos].clone()
-        lprobs.fill_(-math.inf)
-        lprobs[self.eos] = end
+                logits[index, self.eos] = normalizers[index] if ended else -math.inf
 
 
 def _repeats(history: Sequence[int], size: int) -> list[int]:

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .constraints import Constraints
+from .constraints import Array, Constraints
 from .policies import falls_back, rolls_back
 from .stats import Counters
 
@@ -26,7 +27,7 @@ class Reader(Protocol):
 
     consumed: list[int]  # per row: tokens read so far, the start symbol included
 
-    def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> Tensor:
+    def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> tuple[Tensor, Tensor]:
         """Reads all that it has not consumed of some rows.
 
         Args:
@@ -35,7 +36,8 @@ class Reader(Protocol):
             last_only: predictions after the last token of each row only, instead of after every token read.
 
         Returns:
-            float32 logits (predictions, vocab): for each row in order, one prediction after each token read.
+            float32 logits (predictions, vocab), for each row in order, one prediction after each token read; and
+            their logsumexp (predictions,), which makes them log-probabilities. The caller may change the logits.
         """
         ...
 
@@ -141,10 +143,14 @@ class _Batch:
         self.tokens = [sentence.tokens for sentence in self.sentences]
         self.prefixes = [sentence.prefix for sentence in self.sentences]
 
-    def predict(self, reader: Reader, rows: Sequence[int], last_only: bool) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Log-probabilities (predictions, vocab), and the row and position that each prediction is for.
+    def predict(
+        self, reader: Reader, rows: Sequence[int], last_only: bool
+    ) -> tuple[Array, Array, list[tuple[int, int]]]:
+        """Logits (predictions, vocab), their normalizers (predictions,), and the row and position of each prediction.
 
-        Position i is that of the i-th generated token: i tokens precede it.
+        Position i is that of the i-th generated token: i tokens precede it. Constraints hold in the logits, which
+        minus the normalizers are log-probabilities. On a CPU the arrays are NumPy's, which is quicker about small
+        things.
         """
         starts = [len(self.tokens[row]) - 1 if last_only else reader.consumed[row] for row in rows]
         places = [
@@ -152,10 +158,11 @@ class _Batch:
             for row, first in zip(rows, starts, strict=True)
             for position in range(first, len(self.tokens[row]))
         ]
-        logits = reader.read(self.tokens, rows, last_only)
-        lprobs = torch.log_softmax(logits, dim=-1)
-        self.constraints.apply(lprobs, places, self.tokens, self.prefixes)
-        return lprobs, places
+        logits, normalizers = reader.read(self.tokens, rows, last_only)
+        if logits.device.type == "cpu":
+            logits, normalizers = logits.numpy(), normalizers.numpy()
+        self.constraints.apply(logits, normalizers, places, self.tokens, self.prefixes)
+        return logits, normalizers, places
 
 
 def _draft(batch: _Batch, rows: Sequence[int], small: Reader, policy: Policy) -> None:
@@ -163,19 +170,18 @@ def _draft(batch: _Batch, rows: Sequence[int], small: Reader, policy: Policy) ->
     eos = batch.constraints.eos
     # A forced prefix that no model has read yet gets its scores from the small model.
     unscored = policy.start_small and any(batch.prefixes[row] and not small.consumed[row] for row in rows)
-    lprobs, places = batch.predict(small, rows, last_only=not unscored)
+    logits, normalizers, places = batch.predict(small, rows, last_only=not unscored)
     if unscored:
-        lprobs = _score_prefixes(batch, lprobs, places)
-    best_lprob, best = _best(lprobs)
-    steps = _to_host(best, best_lprob, falls_back(best_lprob, policy.fallback_threshold))
-    for row, token, lprob, unsure in zip(rows, *steps, strict=True):
+        last = _score_prefixes(batch, logits, normalizers, places)
+        logits, normalizers = logits[last], normalizers[last]
+    for row, token, lprob in zip(rows, *_best(logits, normalizers), strict=True):
         sentence = batch.sentences[row]
         sentence.counters.small_calls += 1
         if math.isnan(lprob):
             _give_up(sentence, eos, "the small model's logits are not numbers")
         elif sentence.prefix and sentence.tokens[-1] == eos:
             _finish(sentence)
-        elif unsure:
+        elif falls_back(lprob, policy.fallback_threshold):
             sentence.counters.fallbacks += 1
             sentence.drafting = False
         else:
@@ -187,39 +193,35 @@ def _draft(batch: _Batch, rows: Sequence[int], small: Reader, policy: Policy) ->
                 sentence.drafting = False
 
 
-def _score_prefixes(batch: _Batch, lprobs: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
-    """Scores forced tokens; returns the predictions after each row's last token."""
+def _score_prefixes(batch: _Batch, logits: Array, normalizers: Array, places: Sequence[tuple[int, int]]) -> list[int]:
+    """Scores forced tokens; returns which predictions are those after each row's last token."""
     last = []
     for index, (row, position) in enumerate(places):
         sentence = batch.sentences[row]
         if position < sentence.generated:
-            sentence.scores[position] = lprobs[index, sentence.tokens[position + 1]].item()
+            sentence.scores[position] = float(logits[index, sentence.tokens[position + 1]] - normalizers[index])
         else:
             last.append(index)
-    return lprobs[last]
+    return last
 
 
 def _verify(batch: _Batch, rows: Sequence[int], large: Reader, small: Reader | None, policy: Policy) -> None:
     """One large step: judges every waiting sentence's draft in one forward pass and adds one token."""
     eos = batch.constraints.eos
-    lprobs, places = batch.predict(large, rows, last_only=False)
+    logits, normalizers, places = batch.predict(large, rows, last_only=False)
     # The token that stands at each place; none does at the last one of a row, and eos fills in.
     standing = [
         tokens[position + 1] if position + 1 < len(tokens) else eos
         for tokens, position in ((batch.tokens[row], position) for row, position in places)
     ]
-    standing = torch.tensor(standing, device=lprobs.device)
-    best_lprob, best = _best(lprobs)
-    lprob = lprobs.gather(1, standing[:, None]).squeeze(1)
-    rejected = rolls_back(lprob, best == standing, policy.rollback_threshold)
-    judgements = list(zip(*_to_host(best, best_lprob, lprob, rejected), strict=True))
+    judgements = list(zip(*_best(logits, normalizers, standing), strict=True))
 
     index = 0
     for row in rows:
         sentence = batch.sentences[row]
         first = places[index][1]
         last = index + sentence.generated - first + 1
-        _judge(sentence, first, judgements[index:last], eos)
+        _judge(sentence, first, judgements[index:last], policy, eos)
         index = last
         # Whatever stood after the token that the large model put last is void.
         large.rollback(row, len(sentence.tokens) - 1)
@@ -228,19 +230,21 @@ def _verify(batch: _Batch, rows: Sequence[int], large: Reader, small: Reader | N
             sentence.drafting = True
 
 
-def _judge(sentence: Sentence, first: int, judgements: Sequence[tuple[int, float, float, bool]], eos: int) -> None:
+def _judge(
+    sentence: Sentence, first: int, judgements: Sequence[tuple[int, float, float]], policy: Policy, eos: int
+) -> None:
     """The large model's verdict on one sentence.
 
     Args:
         first: position of the first judgement; the last one is for the token after the draft.
-        judgements: per position the large model's best token, its log-probability, the log-probability of the
-            token that stands there, and whether that token is to be rolled back if it is a draft.
+        judgements: per position the large model's best token, its log-probability, and the log-probability of the
+            token that stands there.
     """
     counters = sentence.counters
     counters.large_calls += 1
     drafted = sentence.generated - sentence.verified
     accepted = drafted
-    for position, (best, best_lprob, lprob, rejected) in enumerate(judgements, start=first):
+    for position, (best, best_lprob, lprob) in enumerate(judgements, start=first):
         if math.isnan(best_lprob):
             _give_up(sentence, eos, "the large model's logits are not numbers")
             return
@@ -248,7 +252,8 @@ def _judge(sentence: Sentence, first: int, judgements: Sequence[tuple[int, float
             if not (sentence.generated and sentence.tokens[-1] == eos):
                 sentence.append(best, best_lprob)
             break
-        if position >= sentence.verified and rejected:
+        standing = sentence.tokens[position + 1]
+        if position >= sentence.verified and rolls_back(lprob, best == standing, policy.rollback_threshold):
             counters.rollbacks += 1
             accepted = position - sentence.verified
             sentence.truncate(position)
@@ -279,20 +284,21 @@ def _give_up(sentence: Sentence, eos: int, reason: str) -> None:
     _finish(sentence)
 
 
-def _best(lprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest log-probability of each row, and its token; a row with NaN gives NaN."""
-    if lprobs.device.type == "cpu":
-        # For few rows NumPy's argmax is several times as fast as torch's.
-        best = torch.from_numpy(lprobs.numpy().argmax(axis=1))
-    else:
-        best = lprobs.argmax(dim=-1)
-    return lprobs.gather(1, best[:, None]).squeeze(1), best
+def _best(logits: Array, normalizers: Array, standing: Sequence[int] | None = None) -> tuple[list, ...]:
+    """Per prediction the best token and its log-probability, and the log-probability of the ``standing`` token.
 
-
-def _to_host(*tensors: Tensor) -> list[list]:
-    """Lists of one-dimensional tensors' values, with one transfer from a device."""
-    if tensors[0].device.type == "cpu":
-        return [tensor.tolist() for tensor in tensors]
-    # Token numbers are exact in double precision.
-    stacked = torch.stack([tensor.double() for tensor in tensors]).cpu()
-    return [row.to(tensor.dtype).tolist() for row, tensor in zip(stacked, tensors, strict=True)]
+    A prediction with NaN in it gives NaN.
+    """
+    if isinstance(logits, np.ndarray):
+        best = logits.argmax(1).tolist()
+        chosen = [best] if standing is None else [best, standing]
+        return best, *(
+            [float(logits[i, token] - normalizers[i]) for i, token in enumerate(tokens)] for tokens in chosen
+        )
+    chosen = [logits.argmax(1)]
+    if standing is not None:
+        chosen.append(torch.tensor(standing, device=logits.device))
+    lprobs = [logits.gather(1, tokens[:, None]).squeeze(1) - normalizers for tokens in chosen]
+    # One transfer; token numbers are exact in double precision.
+    best, *lprobs = torch.stack([chosen[0].double(), *(lprob.double() for lprob in lprobs)]).tolist()
+    return [int(token) for token in best], *lprobs

@@ -14,11 +14,13 @@ import torch
 from fairseq.data import Dictionary
 from torch import Tensor, nn
 
-from .cached_decoder import CachedDecoder, DecoderState, UnsupportedDecoder
+from .cached_decoder import CachedDecoder, unsupported_option
 from .constraints import Constraints
 from .decode import Policy, Sentence, decode
 from .errors import BildError
 from .lean_encoder import LeanEncoder, is_stock
+from .native import NativeDecoder, NativeEncoder, missing_option
+from .precision import rounded_copy
 from .readers import EnsembleReader, ExitReader, ModelReader, ResumeReader
 from .stats import Counters, summary, total
 
@@ -59,6 +61,7 @@ class BildGenerator:
         eos: end symbol; the dictionary's unless given.
         symbols_to_strip_from_output: symbols that fairseq leaves out of printed hypotheses.
         stats_path: where :meth:`finish` writes the counters.
+        precision: of the weights of all models, see :mod:`bild_fairseq.precision`.
 
     Raises:
         BildError: a decoder has an option that is not supported; the message names it.
@@ -77,14 +80,15 @@ class BildGenerator:
         eos: int | None = None,
         symbols_to_strip_from_output: set[int] | None = None,
         stats_path: str | None = None,
+        precision: str = "float32",
     ):
         self.policy = policy
         self.options = options or SearchOptions()
         self.pad, self.unk = tgt_dict.pad(), tgt_dict.unk()
         self.eos = tgt_dict.eos() if eos is None else eos
         self.symbols_to_strip_from_output = (symbols_to_strip_from_output or set()) | {self.eos}
-        self._large = [_Member(model, "large") for model in models]
-        self._small = [_Member(model, "small") for model in small_models]
+        self._large = [_Member(model, "large", precision) for model in models]
+        self._small = [_Member(model, "small", precision) for model in small_models]
         self._exit_layer = exit_layer
         self._alone = alone
         self._source_lengths = source_lengths
@@ -241,16 +245,28 @@ class BildGenerator:
 class _Member:
     """One model of an ensemble, laid out for decoding."""
 
-    def __init__(self, model: nn.Module, role: str):
+    def __init__(self, model: nn.Module, role: str, precision: str):
         self.model = model
         model.eval()
         if not hasattr(model, "encoder"):
             raise BildError(f"the {role} model has no encoder, so it is not an encoder-decoder Transformer")
-        try:
-            self.decoder = CachedDecoder(model.decoder)
-        except UnsupportedDecoder as error:
-            raise BildError(f"the {role} model cannot be decoded from a cache: {error}") from error
-        self._encoder = LeanEncoder(model.encoder) if is_stock(model.encoder) else None
+        reason = unsupported_option(model.decoder)
+        if reason is not None:
+            raise BildError(f"the {role} model cannot be decoded from a cache: {reason}")
+        missing = missing_option(model.decoder)
+        if missing is None:
+            self.decoder = NativeDecoder(model.decoder, precision)
+        else:
+            logger.debug("the %s decoder runs on PyTorch's operators: %s", role, missing)
+            self.decoder = CachedDecoder(rounded_copy(model.decoder, precision))
+        self._encoder = None
+        if is_stock(model.encoder):
+            if missing_option(model.encoder) is None:
+                self._encoder = NativeEncoder(model.encoder, precision)
+            else:
+                self._encoder = LeanEncoder(rounded_copy(model.encoder, precision))
+        elif precision != "float32":
+            self.model = rounded_copy(model, precision)
 
     def reader(self, net_input: dict[str, Any], batch: int, depth: int | None = None) -> ModelReader:
         return ModelReader(self.decoder, self._start(net_input, batch), depth)
@@ -258,7 +274,7 @@ class _Member:
     def exit_reader(self, net_input: dict[str, Any], batch: int, exit_layer: int) -> ExitReader:
         return ExitReader(self.decoder, self._start(net_input, batch), exit_layer)
 
-    def _start(self, net_input: dict[str, Any], batch: int) -> DecoderState:
+    def _start(self, net_input: dict[str, Any], batch: int) -> Any:
         if self._encoder is not None:
             encoder_out, padding = self._encoder(net_input["src_tokens"])
         else:

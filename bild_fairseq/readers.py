@@ -8,81 +8,66 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .cached_decoder import CachedDecoder, DecoderState, Span
+from .cached_decoder import Select
 from .decode import Reader
 
 
-class _Cursor:
-    """The bookkeeping that readers share: per row, how much has been consumed."""
+class Decoder(Protocol):
+    """A decoder that reads several tokens at once: ``CachedDecoder`` or ``NativeDecoder``."""
 
-    def __init__(self, batch: int):
-        self.consumed = [0] * batch
+    depth: int
+
+    def read(
+        self,
+        state: Any,
+        unread: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        starts: Sequence[int],
+        layers: tuple[int, int],
+        select: Select,
+        keep: bool = False,
+    ) -> tuple[Tensor, Tensor] | None:
+        """See ``CachedDecoder.read``."""
+        ...
+
+
+class _Cursor:
+    """Reads some layers of a decoder, and remembers how much of each row has been consumed."""
+
+    def __init__(self, decoder: Decoder, state: Any, layers: tuple[int, int], keep: bool = False):
+        self.consumed = [0] * state.batch
+        self.decoder = decoder
+        self.state = state
+        self.layers = layers
+        self._keep = keep
 
     def rollback(self, row: int, length: int) -> None:
         self.consumed[row] = min(self.consumed[row], length)
 
-    def unread(self, tokens: Sequence[Sequence[int]], rows: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Offsets of the first unread token of each row, and how many there are."""
+    def _read(
+        self, tokens: Sequence[Sequence[int]], rows: Sequence[int], select: Select
+    ) -> tuple[Tensor, Tensor] | None:
         starts = [self.consumed[row] for row in rows]
-        return starts, [len(tokens[row]) - start for row, start in zip(rows, starts, strict=True)]
-
-    def advance(self, rows: Sequence[int], counts: Sequence[int]) -> None:
-        for row, count in zip(rows, counts, strict=True):
-            self.consumed[row] += count
-
-
-def _batch(
-    tokens: Sequence[Sequence[int]],
-    rows: Sequence[int],
-    starts: Sequence[int],
-    new: int,
-    device: torch.device,
-) -> Tensor:
-    """The unread tokens of some rows, padded on the right with their last token: (rows, new)."""
-    batch = []
-    for row, start in zip(rows, starts, strict=True):
-        unread = list(tokens[row][start:])
-        batch.append(unread + unread[-1:] * (new - len(unread)))
-    return torch.tensor(batch, device=device)
-
-
-def _select(x: Tensor, counts: Sequence[int], new: int, last_only: bool) -> Tensor:
-    """Drops padding, and all but the last position of each row if only that is wanted.
-
-    Args:
-        x: (rows * new, dim); row i has ``counts[i]`` real positions.
-    """
-    if min(counts) == new:
-        return x[new - 1 :: new] if last_only else x
-    index = [
-        row * new + position
-        for row, count in enumerate(counts)
-        for position in range(count - 1 if last_only else 0, count)
-    ]
-    return x[torch.tensor(index, device=x.device)]
+        unread = [tokens[row][start:] for row, start in zip(rows, starts, strict=True)]
+        result = self.decoder.read(self.state, unread, rows, starts, self.layers, select, self._keep)
+        for row in rows:
+            self.consumed[row] = len(tokens[row])
+        return result
 
 
 class ModelReader(_Cursor):
     """A decoder reading from its first layer to ``depth``: a model of its own, or an exit used alone."""
 
-    def __init__(self, decoder: CachedDecoder, state: DecoderState, depth: int | None = None):
-        super().__init__(state.batch)
-        self._decoder = decoder
-        self._state = state
-        self._depth = decoder.depth if depth is None else depth
+    def __init__(self, decoder: Decoder, state: Any, depth: int | None = None):
+        super().__init__(decoder, state, (0, decoder.depth if depth is None else depth))
 
-    def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> Tensor:
-        starts, counts = self.unread(tokens, rows)
-        new = max(counts)
-        span = self._state.span(rows, starts, new)
-        x = self._decoder.embed(_batch(tokens, rows, starts, new, self._decoder.device), span)
-        x = self._decoder.run(x, self._state, span, 0, self._depth)
-        self.advance(rows, counts)
-        return self._decoder.logits(_select(x, counts, new, last_only), self._depth)
+    def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> tuple[Tensor, Tensor]:
+        return self._read(tokens, rows, "last" if last_only else "all")
 
 
 class EnsembleReader:
@@ -100,14 +85,16 @@ class EnsembleReader:
     def consumed(self) -> list[int]:
         return self._readers[0].consumed
 
-    def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> Tensor:
-        logits = [reader.read(tokens, rows, last_only) for reader in self._readers]
+    def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> tuple[Tensor, Tensor]:
+        results = [reader.read(tokens, rows, last_only) for reader in self._readers]
         if self._temperature != 1.0:
-            logits = [member / self._temperature for member in logits]
-        if len(logits) == 1:
-            return logits[0]
-        mean = torch.logsumexp(torch.stack([torch.log_softmax(member, dim=-1) for member in logits]), dim=0)
-        return mean - math.log(len(logits))
+            tempered = [logits / self._temperature for logits, _ in results]
+            results = [(logits, torch.logsumexp(logits, dim=-1)) for logits in tempered]
+        if len(results) == 1:
+            return results[0]
+        lprobs = torch.stack([logits - normalizer[:, None] for logits, normalizer in results])
+        mean = torch.logsumexp(lprobs, dim=0) - math.log(len(results))
+        return mean, mean.new_zeros(mean.size(0))
 
     def rollback(self, row: int, length: int) -> None:
         for reader in self._readers:
@@ -117,58 +104,17 @@ class EnsembleReader:
 class ExitReader(_Cursor):
     """The shallow end of an early-exit decoder: drafts from the exit and keeps the hidden states there."""
 
-    def __init__(self, decoder: CachedDecoder, state: DecoderState, exit_layer: int):
-        super().__init__(state.batch)
-        self.decoder = decoder
-        self.state = state
-        self.exit_layer = exit_layer
-        self._hidden: Tensor | None = None  # (batch, length, dim)
+    def __init__(self, decoder: Decoder, state: Any, exit_layer: int):
+        super().__init__(decoder, state, (0, exit_layer), keep=True)
 
-    def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> Tensor:
-        x, counts, new = self._extend(tokens, rows)
-        return self.decoder.logits(_select(x, counts, new, last_only), self.exit_layer)
+    def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> tuple[Tensor, Tensor]:
+        return self._read(tokens, rows, "last" if last_only else "all")
 
     def catch_up(self, tokens: Sequence[Sequence[int]], rows: Sequence[int]) -> None:
         """Reads what is unread of some rows without predicting anything."""
         behind = [row for row in rows if self.consumed[row] < len(tokens[row])]
         if behind:
-            self._extend(tokens, behind)
-
-    def hidden(self, span: Span) -> Tensor:
-        """Hidden states at the exit of the span's positions, (batch * new, dim)."""
-        self._reserve(self._hidden)
-        if span.start is not None:
-            x = self._hidden[:, span.start : span.end]
-        else:
-            x = self._hidden[span.rows, span.positions]
-        return x.reshape(span.batch * span.new, -1)
-
-    def _extend(self, tokens: Sequence[Sequence[int]], rows: Sequence[int]) -> tuple[Tensor, list[int], int]:
-        starts, counts = self.unread(tokens, rows)
-        new = max(counts)
-        span = self.state.span(rows, starts, new)
-        x = self.decoder.embed(_batch(tokens, rows, starts, new, self.decoder.device), span)
-        x = self.decoder.run(x, self.state, span, 0, self.exit_layer)
-        self._keep(x, span)
-        self.advance(rows, counts)
-        return x, counts, new
-
-    def _keep(self, x: Tensor, span: Span) -> None:
-        self._reserve(x)
-        x = x.view(span.batch, span.new, -1)
-        if span.start is not None:
-            self._hidden[:, span.start : span.end] = x
-        else:
-            self._hidden[span.rows, span.positions] = x
-
-    def _reserve(self, like: Tensor) -> None:
-        """Keeps room for as many positions as the cache has."""
-        length = 0 if self._hidden is None else self._hidden.size(1)
-        if length < self.state.length:
-            grown = like.new_zeros(self.state.batch, self.state.length, like.size(-1))
-            if length:
-                grown[:, :length] = self._hidden
-            self._hidden = grown
+            self._read(tokens, behind, "none")
 
 
 class ResumeReader(_Cursor):
@@ -178,15 +124,9 @@ class ResumeReader(_Cursor):
     """
 
     def __init__(self, shallow: ExitReader):
-        super().__init__(len(shallow.consumed))
+        super().__init__(shallow.decoder, shallow.state, (shallow.layers[1], shallow.decoder.depth))
         self._shallow = shallow
 
-    def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> Tensor:
+    def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> tuple[Tensor, Tensor]:
         self._shallow.catch_up(tokens, rows)
-        decoder, state = self._shallow.decoder, self._shallow.state
-        starts, counts = self.unread(tokens, rows)
-        new = max(counts)
-        span = state.span(rows, starts, new)
-        x = decoder.run(self._shallow.hidden(span), state, span, self._shallow.exit_layer, decoder.depth)
-        self.advance(rows, counts)
-        return decoder.logits(_select(x, counts, new, last_only))
+        return self._read(tokens, rows, "last" if last_only else "all")

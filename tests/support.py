@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bild_fairseq.cached_decoder import CachedDecoder
 from bild_fairseq.decode import Policy
 from bild_fairseq.generator import BildGenerator, SearchOptions
+from bild_fairseq.native import NativeDecoder
 
 WORDS = 20
 MAX_POSITIONS = 100
@@ -241,20 +242,15 @@ def any_rules(**strategies: Any) -> st.SearchStrategy[Rules]:
     return st.builds(Rules, **strategies).filter(lambda rules: rules.min_len <= rules.max_len)
 
 
-def count_positions(decoder: CachedDecoder) -> list[int]:
-    """From now on, how many positions each layer of a decoder computes, padding included; grows in place."""
+def count_positions(decoder: CachedDecoder | NativeDecoder) -> list[int]:
+    """From now on, how many tokens each layer of a decoder reads; grows in place."""
     counts = [0] * decoder.depth
+    read = decoder.read
 
-    class Counted:
-        def __init__(self, layer: Any):
-            self._layer = layer
+    def counted(state: Any, unread: Sequence, rows: Any, starts: Any, layers: tuple[int, int], *more: Any) -> Any:
+        for layer in range(*layers):
+            counts[layer] += sum(map(len, unread))
+        return read(state, unread, rows, starts, layers, *more)
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._layer, name)
-
-        def __call__(self, index: int, x: Tensor, *more: Any) -> Tensor:
-            counts[index] += x.size(0)
-            return self._layer(index, x, *more)
-
-    decoder._layers = [Counted(layer) for layer in decoder._layers]
+    decoder.read = counted
     return counts

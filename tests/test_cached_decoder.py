@@ -1,4 +1,4 @@
-"""The cached decoder against the full forward pass of the stock decoder whose weights it takes."""
+"""The cached decoders, PyTorch's and the native one, against the full forward pass of the stock decoder."""
 
 import random
 from collections.abc import Sequence
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from bild_fairseq import linear
 from bild_fairseq.cached_decoder import CachedDecoder, DecoderState, UnsupportedDecoder
 from bild_fairseq.errors import BildError
+from bild_fairseq.native import NativeDecoder, missing_option
+from bild_fairseq.native.decoder import NativeDecoderState
+from bild_fairseq.precision import PRECISIONS, rounded_copy
 
 NORMFORMER = {"scale_attn": True, "scale_fc": True, "scale_heads": True, "scale_resids": True}
 ARCHITECTURES = {
@@ -58,6 +61,15 @@ ARCHITECTURES = {
     "BART": {"arch": "bart_base"},
     "mBART": {"arch": "mbart_base"},
 }
+# What the kernels leave to PyTorch's operators.
+NOT_NATIVE = {
+    *("output dimension", "shared output projection of a narrower output", "input dimension"),
+    *("gelu_accurate", "tanh", "linear", "no cross-attention"),
+    *("scale_attn", "scale_fc", "scale_heads", "scale_resids", "NormFormer, pre-norm", "NormFormer, post-norm"),
+}
+KINDS = {"torch": CachedDecoder, "native": NativeDecoder}
+CASES = [(kind, name) for kind in KINDS for name in ARCHITECTURES if kind == "torch" or name not in NOT_NATIVE]
+State = DecoderState | NativeDecoderState
 # Few source positions, or many: the decoder attends to them in two different ways.
 SOURCES = {"short": (3, 1, 2), "long": (9, 2, 6)}
 
@@ -83,7 +95,7 @@ def encode(made: nn.Module, lengths: Sequence[int]) -> dict:
     return made.encoder(**sample([source(range(length - 1)) for length in lengths])["net_input"])
 
 
-def start(cached: CachedDecoder, encoded: dict, batch: int) -> DecoderState:
+def start(cached: CachedDecoder | NativeDecoder, encoded: dict, batch: int) -> State:
     masks = encoded["encoder_padding_mask"]
     return cached.start(encoded["encoder_out"][0], masks[0] if masks else None, batch)
 
@@ -98,16 +110,12 @@ def full(made: nn.Module, encoded: dict, tokens: Sequence[Sequence[int]]) -> lis
 
 
 def read(
-    cached: CachedDecoder, state: DecoderState, rows: list[int], starts: list[int], chunks: list[list[int]]
+    cached: CachedDecoder | NativeDecoder, state: State, rows: list[int], starts: list[int], chunks: list[list[int]]
 ) -> list[Tensor]:
     """Logits after each token of the chunks, which may differ in length, read from each row's own offset."""
-    new = max(map(len, chunks))
-    padding = symbols().nspecial  # a word like any other: what stands there must not matter
-    tokens = torch.tensor([chunk + [padding] * (new - len(chunk)) for chunk in chunks])
-    span = state.span(rows, starts, new)
-    x = cached.run(cached.embed(tokens, span), state, span, 0, cached.depth)
-    logits = cached.logits(x).view(len(rows), new, -1)
-    return [row[: len(chunk)] for row, chunk in zip(logits, chunks, strict=True)]
+    logits, normalizers = cached.read(state, chunks, rows, starts, (0, cached.depth), "all")
+    assert_close(normalizers, logits.logsumexp(dim=1))
+    return list(logits.split([len(chunk) for chunk in chunks]))
 
 
 def sentences(lengths: Sequence[int], rng: random.Random) -> list[list[int]]:
@@ -117,7 +125,7 @@ def sentences(lengths: Sequence[int], rng: random.Random) -> list[list[int]]:
 
 
 def read_at_random(
-    cached: CachedDecoder, state: DecoderState, wanted: list[list[int]], rng: random.Random
+    cached: CachedDecoder | NativeDecoder, state: State, wanted: list[list[int]], rng: random.Random
 ) -> list[Tensor]:
     """Reads sentences in chunks of random size, any subset of rows at a time, with drafts that go wrong.
 
@@ -141,13 +149,13 @@ def read_at_random(
 
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", SOURCES.values(), ids=SOURCES)
-@pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_equals_the_stock_decoder(options, lengths):
+@pytest.mark.parametrize(("kind", "architecture"), CASES)
+def test_equals_the_stock_decoder(kind, architecture, lengths):
     """In ragged batches, over subsets of rows, after rollbacks and beyond the reserved cache."""
     rng = random.Random(7)
-    made = build(options)
+    made = build(ARCHITECTURES[architecture])
     encoded = encode(made, lengths)
-    cached = CachedDecoder(made.decoder)
+    cached = KINDS[kind](made.decoder)
     tokens = sentences((13, 70, 41), rng)
     state = start(cached, encoded, len(tokens))
     reserved = state.length
@@ -159,13 +167,13 @@ def test_equals_the_stock_decoder(options, lengths):
 
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", SOURCES.values(), ids=SOURCES)
-@pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_equals_the_stock_decoder_in_step(options, lengths):
+@pytest.mark.parametrize(("kind", "architecture"), CASES)
+def test_equals_the_stock_decoder_in_step(kind, architecture, lengths):
     """All rows at the same offset, which has a way of its own, with rollbacks of all of them together."""
     rng = random.Random(8)
-    made = build(options)
+    made = build(ARCHITECTURES[architecture])
     encoded = encode(made, lengths)
-    cached = CachedDecoder(made.decoder)
+    cached = KINDS[kind](made.decoder)
     tokens = sentences((20, 20, 20), rng)
     state = start(cached, encoded, len(tokens))
     wanted = full(made, encoded, tokens)
@@ -182,14 +190,15 @@ def test_equals_the_stock_decoder_in_step(options, lengths):
 @settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 12), min_size=1, max_size=5),
-    st.sampled_from(["pre-norm", "post-norm", "learned positions", "no cross-attention"]),
+    st.sampled_from([case for case in CASES if case[1] in ("pre-norm", "post-norm", "learned positions", "gelu")]),
     st.randoms(use_true_random=False),
 )
-def test_equals_the_stock_decoder_for_any_batch(lengths, architecture, rng):
+def test_equals_the_stock_decoder_for_any_batch(lengths, case, rng):
     """Any number of rows, sources and sentences of any length."""
+    kind, architecture = case
     made = build(ARCHITECTURES[architecture])
     encoded = encode(made, lengths)
-    cached = CachedDecoder(made.decoder)
+    cached = KINDS[kind](made.decoder)
     tokens = sentences([rng.randint(1, 25) for _ in lengths], rng)
     found = read_at_random(cached, start(cached, encoded, len(tokens)), tokens, rng)
     for got, wanted in zip(found, full(made, encoded, tokens), strict=True):
@@ -197,12 +206,13 @@ def test_equals_the_stock_decoder_for_any_batch(lengths, architecture, rng):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("options", [PRE_NORM, {"decoder_learned_pos": True}], ids=["sinusoidal", "learned"])
-def test_reads_up_to_the_last_position(options):
+def test_reads_up_to_the_last_position(options, kind):
     """The last position that the stock decoder has, and padding of a shorter row beyond it."""
     made = model(2, max_target_positions=12, **options)
     encoded = encode(made, (3, 4))
-    cached = CachedDecoder(made.decoder)
+    cached = kind(made.decoder)
     tokens = sentences((12, 9), random.Random(1))
     state = start(cached, encoded, 2)
     wanted = full(made, encoded, tokens)
@@ -229,6 +239,43 @@ def test_other_precisions(dtype, tolerance, lengths):
     for got, one in zip(found, wanted, strict=True):
         assert got.dtype is torch.float32
         assert (got - one).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_which_architectures_are_native(architecture):
+    """The kernels run what they are tested for, and say what they lack of the rest."""
+    assert (missing_option(build(ARCHITECTURES[architecture]).decoder) is None) == (architecture not in NOT_NATIVE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("architecture", ["pre-norm", "post-norm", "all embeddings shared", "BART"])
+def test_rounded_weights(architecture, precision):
+    """The kernels' rounded weights are those of a stock decoder with rounded matrices."""
+    made = build(ARCHITECTURES[architecture])
+    encoded = encode(made, SOURCES["long"])
+    tokens = sentences((8, 11, 5), random.Random(1))
+    cached = NativeDecoder(made.decoder, precision)
+    found = read_at_random(cached, start(cached, encoded, 3), tokens, random.Random(2))
+    made.decoder = rounded_copy(made.decoder, precision)
+    for got, one in zip(found, full(made, encoded, tokens), strict=True):
+        assert_close(got, one)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", SOURCES.values(), ids=SOURCES)
+def test_native_results_depend_on_nothing_else_in_the_call(lengths):
+    """To the last bit: token by token, and many tokens of many sentences at once."""
+    made = build(PRE_NORM)
+    encoded = encode(made, lengths)
+    cached = NativeDecoder(made.decoder)
+    tokens = sentences((21, 14, 17), random.Random(3))
+    state = start(cached, encoded, 3)
+    together = read(cached, state, [0, 1, 2], [0, 0, 0], tokens)
+    for row, one in enumerate(tokens):
+        for position, token in enumerate(one):
+            (alone,) = read(cached, state, [row], [position], [[token]])
+            assert torch.equal(alone[0], together[row][position])
 
 
 def custom(base: type, method: str) -> type:

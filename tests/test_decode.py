@@ -245,8 +245,8 @@ def test_a_token_exactly_at_the_fallback_threshold_stays():
     large, small = pair("agreeing", 1)
     batch = sample([source([3, 1, 4])])
     (draft,) = hypotheses(generator([large], [small], VERBATIM), batch)
-    least = draft["positional_scores"].min()
-    for threshold, falls_back in ((least.exp().item(), False), (least.exp().item() * 1.001, True)):
+    least = math.exp(draft["positional_scores"].min())
+    for threshold, falls_back in ((least, False), (least * 1.001, True)):
         rules = dataclasses.replace(VERBATIM, fallback_threshold=threshold)
         (found,) = hypotheses(generator([large], [small], rules), batch)
         assert (found["counters"].fallbacks > 0) == falls_back
@@ -597,11 +597,12 @@ class Table:
         self.consumed = [0]
         self._rows = rows
 
-    def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> Tensor:
+    def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> tuple[Tensor, Tensor]:
         end = len(tokens[0])
         first = end - 1 if last_only else self.consumed[0]
         self.consumed[0] = end
-        return torch.tensor(self._rows[first:end]).log()
+        logits = torch.tensor(self._rows[first:end]).log()
+        return logits, torch.zeros(len(logits))
 
     def rollback(self, row: int, length: int) -> None:
         self.consumed[0] = min(self.consumed[0], length)

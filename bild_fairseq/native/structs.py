@@ -1,0 +1,134 @@
+"""The structs of ``transformer.c``, field by field, and the tensors that they point to."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..precision import quantize
+
+_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
+
+
+def _fields(integers: str = "", pointers: str = "", doubles: str = "") -> list[tuple[str, type]]:
+    return [
+        *((name, ctypes.c_int64) for name in integers.split()),
+        *((name, ctypes.c_double) for name in doubles.split()),
+        *((name, ctypes.c_void_p) for name in pointers.split()),
+    ]
+
+
+class Linear(ctypes.Structure):
+    _fields_ = _fields("in_ out type", "weight scale bias")
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [*_fields("", "weight bias"), ("eps", ctypes.c_double)]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, Linear) for name in ("qkv", "self_out", "source_query", "source_out", "fc1", "fc2")),
+        *((name, Norm) for name in ("self_norm", "source_norm", "final_norm")),
+    ]
+
+
+class Stack(ctypes.Structure):
+    _fields_ = [
+        *_fields("dim heads ffn pre_norm activation causal attends_to_source", "embedding positions", "embed_scale"),
+        ("embed_norm", Norm),
+        ("output_norm", Norm),
+        *_fields("", "layers"),
+    ]
+
+
+class Head(ctypes.Structure):
+    _fields_ = [("norm", Norm), ("vocabulary", Linear)]
+
+
+class State(ctypes.Structure):
+    _fields_ = [
+        *_fields("capacity layer_size", "keys values"),
+        *_fields("sentences source_capacity", "source_lengths source_keys source_values"),
+    ]
+
+
+class Call(ctypes.Structure):
+    _fields_ = [
+        *_fields("sentences", "rows starts counts"),
+        *_fields("tokens", "token x"),
+        *_fields("first last", "head"),
+        *_fields("predictions", "selected logits"),
+        *_fields("logits_stride", "log_normalizer workspace"),
+        *_fields("threads"),
+    ]
+
+
+class Arena:
+    """Keeps alive the tensors that structs point to."""
+
+    def __init__(self, panel: int, precision: str):
+        self._panel = panel
+        self._precision = precision
+        self._tensors: list[Tensor] = []
+
+    def pointer(self, tensor: Tensor) -> int:
+        """Address of a float32 tensor's numbers, row-major."""
+        tensor = tensor.detach().float().contiguous()
+        self._tensors.append(tensor)
+        return tensor.data_ptr()
+
+    def linear(self, *modules: nn.Linear) -> Linear:
+        """One product that computes several projections of the same input side by side."""
+        weight = torch.cat([module.weight.detach().float() for module in modules])
+        out, width = weight.shape
+        panels = -(-out // self._panel)
+        values, scale = quantize(weight, self._precision)
+        packed = values.new_zeros(panels * self._panel, width)
+        packed[:out] = values
+        packed = packed.view(panels, self._panel, width).transpose(1, 2).contiguous()  # (panels, in, panel)
+        self._tensors.append(packed)
+        bias = None
+        if modules[0].bias is not None:
+            bias = self._padded(torch.cat([module.bias.detach().float() for module in modules]), panels)
+        return Linear(
+            in_=width,
+            out=out,
+            type=_TYPES[self._precision],
+            weight=packed.data_ptr(),
+            scale=None if scale is None else self._padded(scale, panels),
+            bias=bias,
+        )
+
+    def _padded(self, vector: Tensor, panels: int) -> int:
+        padded = vector.new_zeros(panels * self._panel)
+        padded[: vector.numel()] = vector
+        return self.pointer(padded)
+
+    def norm(self, module: nn.LayerNorm | None) -> Norm:
+        if module is None:
+            return Norm()
+        return Norm(weight=self.pointer(module.weight), bias=self.pointer(module.bias), eps=module.eps)
+
+    def layers(self, layers: Sequence[nn.Module]) -> ctypes.Array:
+        """The layers of a fairseq encoder or decoder."""
+        return (Layer * len(layers))(*(self._layer(layer) for layer in layers))
+
+    def _layer(self, module: nn.Module) -> Layer:
+        attention, source = module.self_attn, getattr(module, "encoder_attn", None)
+        layer = Layer(
+            qkv=self.linear(attention.q_proj, attention.k_proj, attention.v_proj),
+            self_out=self.linear(attention.out_proj),
+            fc1=self.linear(module.fc1),
+            fc2=self.linear(module.fc2),
+            self_norm=self.norm(module.self_attn_layer_norm),
+            final_norm=self.norm(module.final_layer_norm),
+        )
+        if source is not None:
+            layer.source_query = self.linear(source.q_proj)
+            layer.source_out = self.linear(source.out_proj)
+            layer.source_norm = self.norm(module.encoder_attn_layer_norm)
+        return layer

@@ -1,0 +1,500 @@
+/* Forward passes of a fairseq Transformer over few tokens, on a CPU.
+ *
+ * Decoding reads every weight once per pass and multiplies it with a handful of rows, so what counts is to stream the
+ * weights at the speed of memory and to waste no time between products. One call of bild_forward is one OpenMP region:
+ * embedding, layers and vocabulary projection, with barriers between the steps.
+ *
+ * A batch is ragged: a sentence reads as many tokens as it has, from where it is, and nothing is padded. The result of
+ * a token does not depend, to the last bit, on what else is read in the same call: every sum is formed in one order.
+ *
+ * The structs are mirrored in structs.py. Matrices are row-major; T is the number of tokens in a call.
+ */
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define ROWS 12 /* rows that share a weight in registers */
+#elif defined(__AVX2__)
+#define LANES 8
+#define ROWS 6
+#else
+#define LANES 4
+#define ROWS 6
+#endif
+#define PANEL (2 * LANES) /* outputs that are computed together */
+#define AHEAD 24          /* inputs whose weights are fetched in advance */
+#define FEW 8             /* up to so many rows, every thread normalizes them all rather than wait for the others */
+
+typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
+typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+enum { FLOAT32, BFLOAT16, INT8 };
+enum { NONE, RELU, GELU };
+
+typedef struct {
+    int64_t in, out;
+    int64_t type;         /* of the weights */
+    const void *weight; /* (panels, in, PANEL) */
+    const float *scale, *bias; /* (out, rounded up to panels); scale only for INT8, either may be NULL */
+} Linear;
+
+typedef struct {
+    const float *weight, *bias; /* (dim); weight is NULL for no norm at all */
+    double eps;
+} Norm;
+
+typedef struct {
+    Linear qkv, self_out, source_query, source_out, fc1, fc2;
+    Norm self_norm, source_norm, final_norm;
+} Layer;
+
+typedef struct {
+    int64_t dim, heads, ffn, pre_norm, activation, causal, attends_to_source;
+    double embed_scale;
+    const float *embedding; /* (vocabulary, dim) */
+    const float *positions; /* (positions, dim) or NULL */
+    Norm embed_norm;
+    Norm output_norm; /* of an encoder */
+    const Layer *layers;
+} Stack;
+
+typedef struct {
+    Norm norm;
+    Linear vocabulary;
+} Head;
+
+/* What has been read of a batch. Keys lie transposed, so that the scores of neighbouring positions are neighbours. */
+typedef struct {
+    int64_t capacity;    /* positions, a multiple of PANEL */
+    int64_t layer_size;  /* floats from one layer's keys (or values) to the next layer's */
+    float *keys;         /* (layers, sentences, heads, head_dim, capacity) */
+    float *values;       /* (layers, sentences, heads, capacity, head_dim) */
+    int64_t sentences;
+    int64_t source_capacity; /* source positions, padded */
+    const int64_t *source_lengths;
+    const float *source_keys;   /* (layers, sentences, heads, head_dim, source_capacity) */
+    const float *source_values; /* (layers, sentences, heads, source_capacity, head_dim) */
+} State;
+
+typedef struct {
+    int64_t sentences;                     /* that this call reads */
+    const int64_t *rows, *starts, *counts; /* (sentences): which of the state, from which position on, how many tokens */
+    int64_t tokens;                        /* T, the sum of counts */
+    const int64_t *token;                  /* (T), or NULL if x holds hidden states */
+    float *x;                              /* (T, dim): hidden states, in and out */
+    int64_t first, last;                   /* layers first .. last - 1 */
+    const Head *head;                      /* NULL for no predictions */
+    int64_t predictions;
+    const int64_t *selected; /* (predictions): which tokens to predict after */
+    float *logits;           /* (predictions, logits_stride) */
+    int64_t logits_stride;   /* a multiple of PANEL */
+    float *log_normalizer;   /* (predictions): logsumexp of the logits */
+    float *workspace;
+    int64_t threads;
+} Call;
+
+static inline int64_t weight_size(int64_t type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
+
+static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+static inline vec broadcast(float x) { return x - (vec){0}; }
+
+static inline vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+
+static inline __attribute__((always_inline)) vec load(int type, const void *weight, int64_t offset) {
+    if (type == FLOAT32) return *(const vec *)((const float *)weight + offset);
+    if (type == BFLOAT16) {
+        halves h = *(const halves *)((const uint16_t *)weight + offset);
+        return (vec)(__builtin_convertvector(h, uvec) << 16);
+    }
+    const int8_t *b = (const int8_t *)weight + offset;
+#if defined(__AVX512F__) /* compilers make a poor job of this conversion */
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i_u *)b)));
+#elif defined(__AVX2__)
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(b)));
+#else
+    return __builtin_convertvector(*(const bytes *)b, vec);
+#endif
+}
+
+/* sums[r][0 .. PANEL) = sum_i x[r][i] * weight[i * stride ..] */
+static inline __attribute__((always_inline)) void multiply_rows(int rows, int type, const float *x, int64_t ldx,
+                                                                int64_t in, const void *weight, int64_t stride,
+                                                                vec sums[ROWS][2]) {
+    vec low_sums[ROWS], high_sums[ROWS];
+    for (int r = 0; r < rows; r++) low_sums[r] = high_sums[r] = (vec){0};
+    for (int64_t i = 0; i < in; i++) {
+        const char *ahead = (const char *)weight + (i + AHEAD) * stride * weight_size(type);
+        __builtin_prefetch(ahead);
+        if (type == FLOAT32) __builtin_prefetch(ahead + 64);
+        vec low = load(type, weight, i * stride), high = load(type, weight, i * stride + LANES);
+        for (int r = 0; r < rows; r++) {
+            vec b = broadcast(x[r * ldx + i]);
+            low_sums[r] += b * low;
+            high_sums[r] += b * high;
+        }
+    }
+    for (int r = 0; r < rows; r++) sums[r][0] = low_sums[r], sums[r][1] = high_sums[r];
+}
+
+static inline __attribute__((always_inline)) void multiply_type(int type, int64_t rows, const float *x, int64_t ldx,
+                                                                int64_t in, const void *panel,
+                                                                vec sums[ROWS][2]) {
+    switch (rows) { /* a constant number of rows keeps the sums in registers */
+    case 1: multiply_rows(1, type, x, ldx, in, panel, PANEL, sums); break;
+    case 2: multiply_rows(2, type, x, ldx, in, panel, PANEL, sums); break;
+    case 3: multiply_rows(3, type, x, ldx, in, panel, PANEL, sums); break;
+    case 4: multiply_rows(4, type, x, ldx, in, panel, PANEL, sums); break;
+    case 5: multiply_rows(5, type, x, ldx, in, panel, PANEL, sums); break;
+    case 6: multiply_rows(6, type, x, ldx, in, panel, PANEL, sums); break;
+#if ROWS > 6
+    case 7: multiply_rows(7, type, x, ldx, in, panel, PANEL, sums); break;
+    case 8: multiply_rows(8, type, x, ldx, in, panel, PANEL, sums); break;
+    case 9: multiply_rows(9, type, x, ldx, in, panel, PANEL, sums); break;
+    case 10: multiply_rows(10, type, x, ldx, in, panel, PANEL, sums); break;
+    case 11: multiply_rows(11, type, x, ldx, in, panel, PANEL, sums); break;
+    case 12: multiply_rows(12, type, x, ldx, in, panel, PANEL, sums); break;
+#endif
+    }
+}
+
+static void multiply(int64_t type, int64_t rows, const float *x, int64_t ldx, int64_t in, const void *panel,
+                     vec sums[ROWS][2]) {
+    if (type == FLOAT32)
+        multiply_type(FLOAT32, rows, x, ldx, in, panel, sums);
+    else if (type == BFLOAT16)
+        multiply_type(BFLOAT16, rows, x, ldx, in, panel, sums);
+    else
+        multiply_type(INT8, rows, x, ldx, in, panel, sums);
+}
+
+static inline vec vec_exp(vec x) {
+    vec low = broadcast(-87.0f), high = broadcast(88.0f); /* comparisons with NaN are false: it stays NaN */
+    x = choose(x < low, low, x);
+    x = choose(x > high, high, x);
+    vec shifted = x * 1.44269504f + 12582912.0f; /* rounds to the nearest integer, kept in the low bits */
+    vec n = shifted - 12582912.0f;
+    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = broadcast(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (vec)(((ivec)shifted + 127) << 23); /* the shift drops the bits that 12582912 has set above */
+}
+
+/* x * P(X <= x) for a standard normal X, with erf by Abramowitz and Stegun 7.1.26 (error below 1.5e-7). */
+static inline vec gelu(vec x) {
+    vec z = choose(x < 0, -x, x) * 0.70710678f;
+    vec t = 1.0f / (1.0f + 0.3275911f * z);
+    vec p = broadcast(1.061405429f);
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    vec erf = 1.0f - p * t * vec_exp(-z * z);
+    return 0.5f * x * (1.0f + choose(x < 0, -erf, erf));
+}
+
+/* This thread's share of y = activation(x W + bias) + residual. */
+static void linear(const Linear *l, const float *x, int64_t ldx, int64_t rows, float *y, int64_t ldy,
+                   const float *residual, int activation, int64_t threads) {
+    int64_t panels = (l->out + PANEL - 1) / PANEL, thread = omp_get_thread_num();
+    for (int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; p++) {
+        const char *weight = (const char *)l->weight + p * l->in * PANEL * weight_size(l->type);
+        for (int64_t r0 = 0; r0 < rows; r0 += ROWS) {
+            int64_t n = rows - r0 < ROWS ? rows - r0 : ROWS;
+            vec sums[ROWS][2];
+            multiply(l->type, n, x + r0 * ldx, ldx, l->in, weight, sums);
+            for (int64_t r = 0; r < n; r++)
+                for (int half = 0; half < 2; half++) {
+                    int64_t at = p * PANEL + half * LANES, width = l->out - at < LANES ? l->out - at : LANES;
+                    if (width <= 0) continue;
+                    vec v = sums[r][half];
+                    if (l->scale) v *= *(const vec *)(l->scale + at);
+                    if (l->bias) v += *(const vec *)(l->bias + at);
+                    if (activation == RELU) v = choose(v < 0, (vec){0}, v);
+                    if (activation == GELU) v = gelu(v);
+                    float *to = y + (r0 + r) * ldy + at;
+                    if (width == LANES) {
+                        if (residual) v += *(const vec *)(residual + (r0 + r) * ldy + at);
+                        *(vec *)to = v;
+                    } else
+                        for (int64_t i = 0; i < width; i++) to[i] = v[i] + (residual ? residual[(r0 + r) * ldy + at + i] : 0);
+                }
+        }
+    }
+}
+
+static void normalize_row(const Norm *norm, const float *x, float *y, int64_t dim) {
+    float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < dim; i++) sum += x[i];
+    float mean = sum / dim;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < dim; i++) squares += (x[i] - mean) * (x[i] - mean);
+    float scale = 1.0f / sqrtf(squares / dim + (float)norm->eps);
+#pragma omp simd
+    for (int64_t i = 0; i < dim; i++) y[i] = (x[i] - mean) * scale * norm->weight[i] + norm->bias[i];
+}
+
+/* Layer norm of all rows, for this thread's use: few rows into its own buffer, many together into the shared one.
+ * Whoever calls it sees a complete x; nobody writes x before the next barrier. */
+static const float *normalize(const Norm *norm, const float *x, int64_t rows, int64_t dim, float *own, float *shared) {
+    if (!norm->weight) return x;
+    if (rows <= FEW) {
+        for (int64_t r = 0; r < rows; r++) normalize_row(norm, x + r * dim, own + r * dim, dim);
+        return own;
+    }
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; r++) normalize_row(norm, x + r * dim, shared + r * dim, dim);
+    return shared;
+}
+
+/* The next n floats, or -inf beyond them. */
+static inline vec load_some(const float *x, int64_t n) {
+    if (n >= LANES) return *(const vec *)x;
+    vec v = broadcast(-INFINITY);
+    memcpy(&v, x, n * sizeof(float));
+    return v;
+}
+
+static inline void store_some(float *x, vec v, int64_t n) { memcpy(x, &v, (n < LANES ? n : LANES) * sizeof(float)); }
+
+static inline float vec_max(vec v) {
+    float max = v[0];
+    for (int i = 1; i < LANES; i++) max = v[i] > max ? v[i] : max;
+    return max;
+}
+
+static inline float vec_sum(vec v) {
+    float sum = v[0];
+    for (int i = 1; i < LANES; i++) sum += v[i];
+    return sum;
+}
+
+/* Softmax in place over n scores. */
+static void softmax(float *scores, int64_t n) {
+    vec top = broadcast(-INFINITY), sum = {0};
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec s = load_some(scores + i, n - i);
+        top = choose(s > top, s, top);
+    }
+    float max = vec_max(top);
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec s = load_some(scores + i, n - i);
+        vec e = choose(s == -INFINITY, (vec){0}, vec_exp(s - max));
+        store_some(scores + i, e, n - i);
+        sum += e;
+    }
+    float scale = 1.0f / vec_sum(sum);
+    for (int64_t i = 0; i < n; i++) scores[i] *= scale;
+}
+
+/* One head's attention of one query (head_dim) to n positions. */
+static void attend(const float *query, const float *keys, const float *values, int64_t capacity, int64_t n,
+                   int64_t head_dim, float *scores, float *out) {
+    float scale = 1.0f / sqrtf((float)head_dim);
+    vec sums[ROWS][2];
+    for (int64_t t = 0; t < n; t += PANEL) {
+        multiply_rows(1, FLOAT32, query, 0, head_dim, keys + t, capacity, sums);
+        *(vec *)(scores + t) = sums[0][0] * scale;
+        *(vec *)(scores + t + LANES) = sums[0][1] * scale;
+    }
+    softmax(scores, n);
+    for (int64_t d = 0; d < head_dim; d += PANEL) {
+        multiply_rows(1, FLOAT32, scores, 0, n, values + d, head_dim, sums);
+        int64_t width = head_dim - d < PANEL ? head_dim - d : PANEL;
+        memcpy(out + d, sums, width * sizeof(float));
+    }
+}
+
+/* Where a thread's work on (sentence, head) pairs begins and ends. */
+static inline int64_t share(int64_t units, int64_t thread, int64_t threads) { return units * thread / threads; }
+
+/* Keeps the new tokens' keys and values and attends to all that each may look at: qkv (T, 3 dim) -> out (T, dim). */
+static void self_attention(const Stack *stack, const State *state, const Call *call, int64_t layer, const float *qkv,
+                           float *out, float *scores) {
+    int64_t dim = stack->dim, heads = stack->heads, head_dim = dim / heads, capacity = state->capacity;
+    int64_t units = call->sentences * heads, thread = omp_get_thread_num();
+    int64_t from = share(units, thread, call->threads), to = share(units, thread + 1, call->threads);
+    int64_t offset = 0, sentence = 0;
+    for (int64_t unit = from; unit < to; unit++) {
+        while (sentence < unit / heads) offset += call->counts[sentence++];
+        int64_t head = unit % heads, start = call->starts[sentence], count = call->counts[sentence];
+        int64_t at = layer * state->layer_size + (call->rows[sentence] * heads + head) * head_dim * capacity;
+        float *keys = state->keys + at, *values = state->values + at;
+        for (int64_t i = 0; i < count; i++) {
+            const float *key = qkv + (offset + i) * 3 * dim + dim + head * head_dim;
+            for (int64_t d = 0; d < head_dim; d++) keys[d * capacity + start + i] = key[d];
+            memcpy(values + (start + i) * head_dim, key + dim, head_dim * sizeof(float));
+        }
+        for (int64_t i = 0; i < count; i++) {
+            int64_t seen = start + (stack->causal ? i + 1 : count);
+            attend(qkv + (offset + i) * 3 * dim + head * head_dim, keys, values, capacity, seen, head_dim, scores,
+                   out + (offset + i) * dim + head * head_dim);
+        }
+    }
+}
+
+static void source_attention(const Stack *stack, const State *state, const Call *call, int64_t layer,
+                             const float *query, float *out, float *scores) {
+    int64_t dim = stack->dim, heads = stack->heads, head_dim = dim / heads, capacity = state->source_capacity;
+    int64_t units = call->sentences * heads, thread = omp_get_thread_num();
+    int64_t from = share(units, thread, call->threads), to = share(units, thread + 1, call->threads);
+    int64_t offset = 0, sentence = 0;
+    for (int64_t unit = from; unit < to; unit++) {
+        while (sentence < unit / heads) offset += call->counts[sentence++];
+        int64_t head = unit % heads, row = call->rows[sentence];
+        int64_t at = ((layer * state->sentences + row) * heads + head) * head_dim * capacity;
+        for (int64_t i = offset; i < offset + call->counts[sentence]; i++)
+            attend(query + i * dim + head * head_dim, state->source_keys + at, state->source_values + at, capacity,
+                   state->source_lengths[row], head_dim, scores, out + i * dim + head * head_dim);
+    }
+}
+
+static void run_layer(const Stack *stack, const State *state, const Call *call, int64_t index, float *own, float *work) {
+    const Layer *layer = stack->layers + index;
+    int64_t T = call->tokens, dim = stack->dim, ffn = stack->ffn, threads = call->threads, pre = stack->pre_norm;
+    float *x = call->x, *shared = work, *wide = shared + T * dim, *attended = wide + T * (3 * dim);
+    float *hidden = attended + T * dim, *scores = own + FEW * dim;
+    /* Post-norm keeps x normalized: the sum of a sublayer's residual is normalized when the next one reads it. */
+    const float *y = pre ? normalize(&layer->self_norm, x, T, dim, own, shared) : x;
+    linear(&layer->qkv, y, dim, T, wide, 3 * dim, NULL, NONE, threads);
+#pragma omp barrier
+    self_attention(stack, state, call, index, wide, attended, scores);
+#pragma omp barrier
+    linear(&layer->self_out, attended, dim, T, x, dim, x, NONE, threads);
+#pragma omp barrier
+    const float *residual = x;
+    if (stack->attends_to_source) {
+        y = normalize(pre ? &layer->source_norm : &layer->self_norm, x, T, dim, own, shared);
+        residual = pre ? x : y;
+        linear(&layer->source_query, y, dim, T, wide, dim, NULL, NONE, threads);
+#pragma omp barrier
+        source_attention(stack, state, call, index, wide, attended, scores);
+#pragma omp barrier
+        linear(&layer->source_out, attended, dim, T, x, dim, residual, NONE, threads);
+#pragma omp barrier
+    }
+    const Norm *before = pre ? &layer->final_norm : stack->attends_to_source ? &layer->source_norm : &layer->self_norm;
+    y = normalize(before, x, T, dim, own, shared);
+    residual = pre ? x : y;
+    linear(&layer->fc1, y, dim, T, hidden, ffn, NULL, stack->activation, threads);
+#pragma omp barrier
+    linear(&layer->fc2, hidden, ffn, T, x, dim, residual, NONE, threads);
+#pragma omp barrier
+    if (!pre) {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < T; r++) normalize_row(&layer->final_norm, x + r * dim, x + r * dim, dim);
+    }
+}
+
+static void embed(const Stack *stack, const Call *call) {
+    int64_t dim = stack->dim;
+#pragma omp for schedule(static)
+    for (int64_t s = 0; s < call->sentences; s++) {
+        int64_t offset = 0;
+        for (int64_t before = 0; before < s; before++) offset += call->counts[before];
+        for (int64_t i = 0; i < call->counts[s]; i++) {
+            float *x = call->x + (offset + i) * dim;
+            const float *token = stack->embedding + call->token[offset + i] * dim;
+            const float *position = stack->positions ? stack->positions + (call->starts[s] + i) * dim : NULL;
+            for (int64_t d = 0; d < dim; d++) x[d] = (float)stack->embed_scale * token[d] + (position ? position[d] : 0);
+            if (stack->embed_norm.weight) normalize_row(&stack->embed_norm, x, x, dim);
+        }
+    }
+}
+
+/* Logits of the selected tokens, and this thread's share of their normalizers: tops and sums (threads, predictions). */
+static void predict(const Stack *stack, const Call *call, float *own, float *work, float *tops, float *sums) {
+    const Linear *vocabulary = &call->head->vocabulary;
+    int64_t dim = stack->dim, n = call->predictions, stride = call->logits_stride, thread = omp_get_thread_num();
+    /* Gathered side by side: after few tokens by every thread for itself, else once. */
+    float *x = n <= FEW ? own : work;
+    int64_t from = n <= FEW ? 0 : share(n, thread, call->threads), to = n <= FEW ? n : share(n, thread + 1, call->threads);
+    for (int64_t r = from; r < to; r++) {
+        const float *row = call->x + call->selected[r] * dim;
+        if (call->head->norm.weight)
+            normalize_row(&call->head->norm, row, x + r * dim, dim);
+        else
+            memcpy(x + r * dim, row, dim * sizeof(float));
+    }
+    if (n > FEW) {
+#pragma omp barrier
+    }
+    linear(vocabulary, x, dim, n, call->logits, stride, NULL, NONE, call->threads);
+    int64_t panels = (vocabulary->out + PANEL - 1) / PANEL;
+    int64_t begin = PANEL * share(panels, thread, call->threads), end = PANEL * share(panels, thread + 1, call->threads);
+    for (int64_t r = 0; r < n; r++) {
+        float *logits = call->logits + r * stride;
+        for (int64_t i = vocabulary->out; i < end; i++) logits[i] = -INFINITY;
+        vec top = broadcast(-INFINITY), sum = {0};
+        for (int64_t i = begin; i < end; i += LANES) {
+            vec v = *(vec *)(logits + i);
+            top = choose(v > top, v, top);
+        }
+        float max = vec_max(top);
+        for (int64_t i = begin; i < end; i += LANES) sum += vec_exp(*(vec *)(logits + i) - max);
+        tops[thread * n + r] = max;
+        sums[thread * n + r] = vec_sum(sum);
+    }
+}
+
+static int64_t own_size(const Stack *stack, const State *state) {
+    int64_t positions = state->capacity > state->source_capacity ? state->capacity : state->source_capacity;
+    return round_up(FEW * stack->dim + positions + PANEL, 64);
+}
+
+static int64_t shared_size(const Stack *stack, const Call *call) {
+    int64_t rows = call->tokens > call->predictions ? call->tokens : call->predictions;
+    return rows * (5 * stack->dim + stack->ffn) + PANEL;
+}
+
+int64_t bild_panel(void) { return PANEL; }
+
+/* Floats that a call needs as its workspace. */
+int64_t bild_workspace(const Stack *stack, const State *state, const Call *call) {
+    return shared_size(stack, call) + call->threads * (own_size(stack, state) + 2 * call->predictions);
+}
+
+void bild_forward(const Stack *stack, const State *state, const Call *call) {
+    int64_t n = call->predictions, threads = call->threads;
+    float *work = call->workspace, *own = work + shared_size(stack, call);
+    float *tops = own + threads * own_size(stack, state), *sums = tops + threads * n;
+#pragma omp parallel num_threads(threads)
+    {
+        float *mine = own + omp_get_thread_num() * own_size(stack, state);
+        if (call->token) embed(stack, call);
+        for (int64_t index = call->first; index < call->last; index++) run_layer(stack, state, call, index, mine, work);
+        if (stack->output_norm.weight) {
+#pragma omp for schedule(static)
+            for (int64_t r = 0; r < call->tokens; r++)
+                normalize_row(&stack->output_norm, call->x + r * stack->dim, call->x + r * stack->dim, stack->dim);
+        }
+        if (n) predict(stack, call, mine, work, tops, sums);
+    }
+    for (int64_t r = 0; r < n; r++) {
+        float max = -INFINITY, total = 0;
+        for (int64_t t = 0; t < threads; t++) max = tops[t * n + r] > max ? tops[t * n + r] : max;
+        for (int64_t t = 0; t < threads; t++) total += sums[t * n + r] * expf(tops[t * n + r] - max);
+        call->log_normalizer[r] = max + logf(total);
+    }
+}
+
+/* y (rows, out) = x (rows, in) W + bias. */
+void bild_linear(const Linear *l, const float *x, int64_t rows, float *y, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+    linear(l, x, l->in, rows, y, l->out, NULL, NONE, threads);
+}
