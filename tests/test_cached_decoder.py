@@ -115,7 +115,7 @@ def read(
     """Logits after each token of the chunks, which may differ in length, read from each row's own offset."""
     logits, normalizers = cached.read(state, chunks, rows, starts, (0, cached.depth), "all")
     assert_close(normalizers, logits.logsumexp(dim=1))
-    return list(logits.split([len(chunk) for chunk in chunks]))
+    return list(logits.clone().split([len(chunk) for chunk in chunks]))
 
 
 def sentences(lengths: Sequence[int], rng: random.Random) -> list[list[int]]:

@@ -85,7 +85,9 @@ class PackedStack:
             layers=ctypes.addressof(self._layers),
         )
         self._address = ctypes.addressof(self._struct)
+        self._call = Call()
         self._workspace = torch.empty(0)
+        self._logits, self._log_normalizer = torch.empty(0, 0), torch.empty(0)
 
     def reserve_positions(self, length: int) -> None:
         """Makes room for positions 0 .. length - 1."""
@@ -115,40 +117,41 @@ class PackedStack:
             selected: rows of ``x`` to predict after.
 
         Returns:
-            logits (selected, vocab) and their logsumexp (selected,).
+            logits (selected, vocab) and their logsumexp (selected,), in buffers that the next pass overwrites.
         """
         rows, starts, counts = sentences
-        predictions, count, total = len(selected), len(rows), x.size(0)
+        predictions, count = len(selected), len(rows)
         integers = array("q", [*rows, *starts, *counts, *selected, *(tokens or ())])
         address = integers.buffer_info()[0]
-        vocabulary = head.vocabulary.out if predictions else 0
-        stride = self.round_up(vocabulary)
-        logits, log_normalizer = torch.empty(predictions, stride), torch.empty(predictions)
-        call = Call(
-            sentences=count,
-            rows=address,
-            starts=address + 8 * count,
-            counts=address + 16 * count,
-            tokens=total,
-            token=None if tokens is None else address + 24 * count + 8 * predictions,
-            x=x.data_ptr(),
-            first=layers[0],
-            last=layers[1],
-            head=ctypes.addressof(head) if predictions else None,
-            predictions=predictions,
-            selected=address + 24 * count,
-            logits=logits.data_ptr(),
-            logits_stride=stride,
-            log_normalizer=log_normalizer.data_ptr(),
-            threads=torch.get_num_threads(),
-        )
+        call = self._call
+        call.sentences = count
+        call.rows, call.starts, call.counts = address, address + 8 * count, address + 16 * count
+        call.selected = address + 24 * count
+        call.token = None if tokens is None else address + 24 * count + 8 * predictions
+        call.tokens, call.x = x.size(0), x.data_ptr()
+        call.first, call.last = layers
+        call.head = ctypes.addressof(head) if predictions else None
+        call.predictions = predictions
+        call.threads = torch.get_num_threads()
+        if predictions:
+            self._reserve_logits(predictions, head.vocabulary.out)
         state_address, call_address = ctypes.addressof(state), ctypes.addressof(call)
         size = self._library.bild_workspace(self._address, state_address, call_address)
         if size > self._workspace.numel():
             self._workspace = torch.empty(2 * size)
-        call.workspace = self._workspace.data_ptr()
+            call.workspace = self._workspace.data_ptr()
         self._library.bild_forward(self._address, state_address, call_address)
-        return logits[:, :vocabulary], log_normalizer
+        if not predictions:
+            return self._logits[:0], self._log_normalizer[:0]
+        return self._logits[:predictions, : head.vocabulary.out], self._log_normalizer[:predictions]
+
+    def _reserve_logits(self, predictions: int, vocabulary: int) -> None:
+        stride = self.round_up(vocabulary)
+        if predictions > self._logits.size(0) or stride != self._logits.size(1):
+            self._logits = torch.empty(max(predictions, 2 * self._logits.size(0)), stride)
+            self._log_normalizer = torch.empty(self._logits.size(0))
+            self._call.logits, self._call.logits_stride = self._logits.data_ptr(), stride
+            self._call.log_normalizer = self._log_normalizer.data_ptr()
 
     def linear(self, linear: Linear, x: Tensor) -> Tensor:
         """A product with a packed weight: (rows, in) -> (rows, out)."""
