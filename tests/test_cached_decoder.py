@@ -21,6 +21,7 @@ from bild_fairseq.cached_decoder import CachedDecoder, DecoderState, Unsupported
 from bild_fairseq.errors import BildError
 from bild_fairseq.native import NativeDecoder, missing_option
 from bild_fairseq.native.decoder import NativeDecoderState
+from bild_fairseq.native.library import library
 from bild_fairseq.precision import PRECISIONS, rounded_copy
 
 NORMFORMER = {"scale_attn": True, "scale_fc": True, "scale_heads": True, "scale_resids": True}
@@ -67,8 +68,9 @@ NOT_NATIVE = {
     *("gelu_accurate", "tanh", "linear", "no cross-attention"),
     *("scale_attn", "scale_fc", "scale_heads", "scale_resids", "NormFormer, pre-norm", "NormFormer, post-norm"),
 }
-KINDS = {"torch": CachedDecoder, "native": NativeDecoder}
+KINDS = {"torch": CachedDecoder} | ({"native": NativeDecoder} if library() else {})
 CASES = [(kind, name) for kind in KINDS for name in ARCHITECTURES if kind == "torch" or name not in NOT_NATIVE]
+needs_kernels = pytest.mark.skipif(library() is None, reason="no C compiler here")
 State = DecoderState | NativeDecoderState
 # Few source positions, or many: the decoder attends to them in two different ways.
 SOURCES = {"short": (3, 1, 2), "long": (9, 2, 6)}
@@ -241,12 +243,14 @@ def test_other_precisions(dtype, tolerance, lengths):
         assert (got - one).abs().max() < tolerance
 
 
+@needs_kernels
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_which_architectures_are_native(architecture):
     """The kernels run what they are tested for, and say what they lack of the rest."""
     assert (missing_option(build(ARCHITECTURES[architecture]).decoder) is None) == (architecture not in NOT_NATIVE)
 
 
+@needs_kernels
 @torch.no_grad()
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("architecture", ["pre-norm", "post-norm", "all embeddings shared", "BART"])
@@ -262,6 +266,7 @@ def test_rounded_weights(architecture, precision):
         assert_close(got, one)
 
 
+@needs_kernels
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", SOURCES.values(), ids=SOURCES)
 def test_native_results_depend_on_nothing_else_in_the_call(lengths):

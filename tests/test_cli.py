@@ -212,6 +212,16 @@ def test_half_precision(corpus, stock):  # noqa: F811
     assert reference.fields("H") != stock.fields("H"), "this was not half precision"
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_rounded_weights(corpus, stock, precision):  # noqa: F811
+    """Other scores than in float32, and for nearly all sentences the same text, from bild and greedy alike."""
+    options = ["--batch-size", 8, "--bild-precision", precision]
+    lossless = corpus.generate(*corpus.lossless(), *options)
+    assert lossless.texts() == corpus.generate("--generator", "greedy", *options).texts()
+    assert sum(lossless.texts()[number] == stock.texts()[number] for number in EVERY) > 0.8 * SENTENCES
+    assert lossless.fields("H") != stock.fields("H"), "nothing was rounded"
+
+
 def test_ensembles(corpus, tmp_path):  # noqa: F811
     """Of large models: stock fairseq's ensemble. Of small models: drafts other than one member's."""
     path = ["--path", joined([corpus.large, corpus.large_halfway]), "--batch-size", 8]

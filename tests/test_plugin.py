@@ -147,6 +147,7 @@ def test_flags_reach_the_generation_config(corpus):  # noqa: F811
         "bild_start": "small",
         "bild_verify_end": True,
         "bild_stats": "stats.json",
+        "bild_precision": "int8",
     }
     flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     flags.remove(True)  # a switch has no value
@@ -162,6 +163,7 @@ def test_flags_reach_the_generation_config(corpus):  # noqa: F811
         "bild_start": "large",
         "bild_verify_end": False,
         "bild_stats": None,
+        "bild_precision": "float32",
     }
 
 

@@ -1,0 +1,144 @@
+"""The C kernels: when they are built, and what happens without them; the encoder. The decoder: test_cached_decoder."""
+
+import logging
+import stat
+
+import pytest
+import torch
+from reference import Rules
+from support import PRE_NORM, assert_close, generator, model, sample, source, symbols
+
+from bild_fairseq.cached_decoder import CachedDecoder
+from bild_fairseq.lean_encoder import LeanEncoder
+from bild_fairseq.native import NativeDecoder, NativeEncoder, missing_option
+from bild_fairseq.native import library as build
+from bild_fairseq.precision import PRECISIONS, quantize, rounded, rounded_copy
+
+needs_kernels = pytest.mark.skipif(build.library() is None, reason="no C compiler here")
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """An empty cache folder, and nothing loaded yet; kernels that were loaded before stay what they are."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("BILD_NATIVE", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    build.library.cache_clear()
+    yield tmp_path / "bild_fairseq"
+    build.library.cache_clear()
+
+
+def compiler(folder, text):
+    """A program in the place of the C compiler."""
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IEXEC)
+    return str(path)
+
+
+@needs_kernels
+def test_kernels_are_built_once(fresh, tmp_path, monkeypatch):
+    """A second process finds the first one's file, in a folder that nobody else can write to."""
+    assert build.library() is not None
+    (built,) = fresh.iterdir()
+    assert stat.S_IMODE(fresh.stat().st_mode) & 0o022 == 0
+    time = built.stat().st_mtime_ns
+    build.library.cache_clear()
+    assert build.library() is not None
+    assert [path.stat().st_mtime_ns for path in fresh.iterdir()] == [time]
+    # Another compiler's file would not be this one.
+    build.library.cache_clear()
+    monkeypatch.setenv("CC", compiler(tmp_path, 'exec cc "$@"'))
+    assert build.library() is not None
+    assert len(list(fresh.iterdir())) == 2
+
+
+@pytest.mark.parametrize("text", ["echo does not compile >&2; exit 1", "exit 0"], ids=["fails", "makes nothing"])
+def test_a_broken_compiler_costs_speed_only(fresh, tmp_path, monkeypatch, caplog, text):
+    """One line says so, and decoding goes on with PyTorch's operators."""
+    monkeypatch.setenv("CC", compiler(tmp_path, text))
+    with caplog.at_level(logging.WARNING):
+        assert build.library() is None
+    (record,) = caplog.records
+    assert "cannot build the C kernels" in record.getMessage()
+    assert missing_option(model(0).decoder) == "no C kernels"
+    assert not list(fresh.iterdir())
+
+
+def test_kernels_can_be_switched_off(fresh, monkeypatch):
+    monkeypatch.setenv("BILD_NATIVE", "0")
+    assert build.library() is None
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", [{}, PRE_NORM], ids=["post-norm", "pre-norm"])
+def test_with_and_without_kernels_the_text_is_the_same(options, fresh, monkeypatch):
+    large, small = model(1, **options), model(2, **options)
+    batch = sample([source([1, 2, 3]), source([4]), source(range(9))])
+    rules = Rules(fallback_threshold=0.2, rollback_threshold=1.5)
+    native = generator([large], [small], rules)
+    assert isinstance(native._large[0].decoder, NativeDecoder)
+    monkeypatch.setenv("BILD_NATIVE", "0")
+    build.library.cache_clear()
+    other = generator([large], [small], rules)
+    assert isinstance(other._large[0].decoder, CachedDecoder)
+    for (got,), (wanted,) in zip(native.generate([], batch), other.generate([], batch), strict=True):
+        assert got["tokens"].tolist() == wanted["tokens"].tolist()
+        assert got["counters"] == wanted["counters"]
+        assert_close(got["positional_scores"], wanted["positional_scores"])
+
+
+@needs_kernels
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [{}, PRE_NORM, {"encoder_learned_pos": True, "layernorm_embedding": True}, {"arch": "bart_base"}],
+    ids=["post-norm", "pre-norm", "learned positions", "BART"],
+)
+def test_encoder(options):
+    """Equals the stock encoder; a sentence's result is the same, to the last bit, alone and in a padded batch."""
+    made = model(3, **options)
+    encoder = NativeEncoder(made.encoder)
+    sources = [source(range(6)), source([2]), source(range(11))]
+    together = sample(sources)["net_input"]["src_tokens"]
+    found, padding = encoder(together)
+    stock, stock_padding = LeanEncoder(made.encoder)(together)
+    for row, one in enumerate(sources):
+        alone, _ = encoder(torch.tensor([one]))
+        assert torch.equal(found[~padding[row], row], alone[:, 0])
+        assert_close(alone[:, 0], stock[~stock_padding[row], row])
+        wanted = made.encoder(torch.tensor([one]), torch.tensor([len(one)]))["encoder_out"][0]
+        assert_close(alone, wanted)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rounding(precision):
+    """Within half a step of the wanted precision, and nothing left to round the second time."""
+    torch.manual_seed(2)
+    weight = torch.randn(7, 5)
+    weight[3] = 0
+    step = {
+        "float32": 0 * weight,
+        "bfloat16": weight.abs() / 128,
+        "int8": weight.abs().amax(1, True) / 127 + 0 * weight,
+    }
+    once = rounded(weight, precision)
+    assert ((once - weight).abs() <= step[precision] / 2 + 1e-7).all()
+    assert_close(rounded(once, precision), once)
+    values, scale = quantize(weight, precision)
+    assert values.dtype is getattr(torch, precision) and (scale is not None) == (precision == "int8")
+
+
+def test_a_rounded_copy_leaves_the_model_alone():
+    """And the embedding that shares its weight with the output projection."""
+    made = model(1, share_decoder_input_output_embed=True)
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    copied = rounded_copy(made, "int8")
+    for name, value in made.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert torch.equal(copied.decoder.embed_tokens.weight, made.decoder.embed_tokens.weight)
+    projected = copied.decoder.output_projection.weight
+    assert_close(projected, rounded(made.decoder.output_projection.weight, "int8"))
+    assert not torch.equal(projected, made.decoder.output_projection.weight)
+    assert rounded_copy(made, "float32") is made
+    assert len(symbols()) == projected.size(0)
