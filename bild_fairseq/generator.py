@@ -257,7 +257,7 @@ class _Member:
         if missing is None:
             self.decoder = NativeDecoder(model.decoder, precision)
         else:
-            logger.debug("the %s decoder runs on PyTorch's operators: %s", role, missing)
+            logger.info("the %s decoder runs on PyTorch's operators: %s", role, missing)
             self.decoder = CachedDecoder(rounded_copy(model.decoder, precision))
         self._encoder = None
         if is_stock(model.encoder):

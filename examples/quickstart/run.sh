@@ -41,5 +41,6 @@ echo "== Measuring: every system on the same $sentences sentences, in turns"
 python "$root/scripts/benchmark.py" "$work/data-bin" --sentences "$sentences" --threads "$threads" \
     --large "$here/models/large.pt" --small "$here/models/small.pt" --early-exit "$here/models/large.pt" \
     --reference "$here/data/test.en" --lossless-fallback 0.25 --bild 0.6,2 --bild 0.2,2,end --exit 0.6,2 --exit 0.2,1,end \
+    --precision float32,int8 \
     --systems fairseq,greedy,small,bild,lossless,exit-alone,exit,exit-lossless 2>"$work/log" ||
     { cat "$work/log" >&2; exit 1; }
