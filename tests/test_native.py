@@ -1,7 +1,10 @@
 """The C kernels: when they are built, and what happens without them; the encoder. The decoder: test_cached_decoder."""
 
 import logging
+import os
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -109,6 +112,15 @@ def test_encoder(options):
         assert_close(alone[:, 0], stock[~stock_padding[row], row])
         wanted = made.encoder(torch.tensor([one]), torch.tensor([len(one)]))["encoder_out"][0]
         assert_close(alone, wanted)
+
+
+@needs_kernels
+def test_fewer_threads_than_wanted():
+    """OpenMP may give fewer, as with a limit of 1 here; nothing is left out then."""
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "test_encoder or the_text_is_the_same"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_THREAD_LIMIT": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -470,25 +470,29 @@ int64_t bild_workspace(const Stack *stack, const State *state, const Call *call)
 }
 
 void bild_forward(const Stack *stack, const State *state, const Call *call) {
-    int64_t n = call->predictions, threads = call->threads;
+    int64_t n = call->predictions, team = 0;
     float *work = call->workspace, *own = work + shared_size(stack, call);
-    float *tops = own + threads * own_size(stack, state), *sums = tops + threads * n;
-#pragma omp parallel num_threads(threads)
+    float *tops = own + call->threads * own_size(stack, state), *sums = tops + call->threads * n;
+#pragma omp parallel num_threads(call->threads)
     {
+        /* OpenMP may give fewer threads than were asked for. */
+        Call here = *call;
+        here.threads = omp_get_num_threads();
+        if (omp_get_thread_num() == 0) team = here.threads;
         float *mine = own + omp_get_thread_num() * own_size(stack, state);
-        if (call->token) embed(stack, call);
-        for (int64_t index = call->first; index < call->last; index++) run_layer(stack, state, call, index, mine, work);
+        if (here.token) embed(stack, &here);
+        for (int64_t index = here.first; index < here.last; index++) run_layer(stack, state, &here, index, mine, work);
         if (stack->output_norm.weight) {
 #pragma omp for schedule(static)
-            for (int64_t r = 0; r < call->tokens; r++)
-                normalize_row(&stack->output_norm, call->x + r * stack->dim, call->x + r * stack->dim, stack->dim);
+            for (int64_t r = 0; r < here.tokens; r++)
+                normalize_row(&stack->output_norm, here.x + r * stack->dim, here.x + r * stack->dim, stack->dim);
         }
-        if (n) predict(stack, call, mine, work, tops, sums);
+        if (n) predict(stack, &here, mine, work, tops, sums);
     }
     for (int64_t r = 0; r < n; r++) {
         float max = -INFINITY, total = 0;
-        for (int64_t t = 0; t < threads; t++) max = tops[t * n + r] > max ? tops[t * n + r] : max;
-        for (int64_t t = 0; t < threads; t++) total += sums[t * n + r] * expf(tops[t * n + r] - max);
+        for (int64_t t = 0; t < team; t++) max = tops[t * n + r] > max ? tops[t * n + r] : max;
+        for (int64_t t = 0; t < team; t++) total += sums[t * n + r] * expf(tops[t * n + r] - max);
         call->log_normalizer[r] = max + logf(total);
     }
 }
@@ -496,5 +500,5 @@ void bild_forward(const Stack *stack, const State *state, const Call *call) {
 /* y (rows, out) = x (rows, in) W + bias. */
 void bild_linear(const Linear *l, const float *x, int64_t rows, float *y, int64_t threads) {
 #pragma omp parallel num_threads(threads)
-    linear(l, x, l->in, rows, y, l->out, NULL, NONE, threads);
+    linear(l, x, l->in, rows, y, l->out, NULL, NONE, omp_get_num_threads());
 }
