@@ -1,0 +1,137 @@
+"""Trains a small model on a text and on a large model's distribution at each of its positions.
+
+Word-level distillation (Kim and Rush, *Sequence-Level Knowledge Distillation*, EMNLP 2016). With the large model's own
+greedy output as the text, the small model learns what the large one writes and how sure it is: the prediction
+alignment of Kim et al., *Speculative Decoding with Big Little Decoder* (NeurIPS 2023), with softer targets.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from fairseq import checkpoint_utils, utils
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.dataclass import FairseqDataclass
+from fairseq.logging import metrics
+from omegaconf import II
+
+from ..errors import BildError
+
+NAME = "word_distillation_cross_entropy"
+
+_SUMS = ("loss", "nll_loss", "teacher_kl", "n_correct", "ntokens", "sample_size")
+
+
+@dataclass
+class WordDistillationCrossEntropyConfig(FairseqDataclass):
+    teacher_path: str = field(
+        default="",
+        metadata={"help": "checkpoint of the large model, with the same dictionaries"},
+    )
+    teacher_weight: float = field(
+        default=0.5,
+        metadata={"help": "0 to 1: how much is learned from the large model's distribution rather than from the text"},
+    )
+    sentence_avg: bool = II("optimization.sentence_avg")
+
+
+@register_criterion(NAME, dataclass=WordDistillationCrossEntropyConfig)
+class WordDistillationCrossEntropyCriterion(FairseqCriterion):
+    """(1 - w) times the cross-entropy with the targets plus w times the divergence from the teacher.
+
+    The divergence is that of Kullback and Leibler from the teacher's distribution, given the source and the target
+    words so far, to the trained model's. The teacher stays as it is, runs in evaluation mode next to the trained
+    model, and is no part of its checkpoints.
+
+    Logged, in training and validation: ``loss``, bits a token, or a sentence with ``--sentence-avg``; ``nll_loss``,
+    the cross-entropy with the targets, and ``teacher_kl``, the divergence, both in bits a token; ``ppl``, 2 to the
+    power of ``nll_loss``; ``accuracy``, the percentage of target tokens that are the most probable one.
+
+    Raises:
+        BildError: the weight is outside 0 to 1, or the teacher is missing or does not fit the data.
+    """
+
+    def __init__(self, task, sentence_avg, teacher_path, teacher_weight):
+        super().__init__(task)
+        if not 0 <= teacher_weight <= 1:
+            raise BildError(f"--teacher-weight {teacher_weight}: give a weight from 0 to 1")
+        if not Path(teacher_path).is_file():
+            raise BildError(f"--teacher-path {teacher_path}: no such file; name the large model's checkpoint")
+        self.sentence_avg = sentence_avg
+        self.teacher_weight = teacher_weight
+        # Held in a list, so that it is no submodule: its weights are neither trained nor saved.
+        self._teacher = _load_teacher(teacher_path, task)
+
+    def forward(self, model, sample, reduce=True):
+        """One forward pass of each model.
+
+        Args:
+            model: the model to train, which may be wrapped for distributed training.
+            sample: a fairseq batch.
+            reduce: sum the loss over the batch's tokens; otherwise (batch * time,).
+
+        Returns:
+            (loss, sample size, logging output), as of fairseq's criterions. The logging output holds sums over the
+            batch, in nats, so that those of several batches or workers add up.
+        """
+        output = model(**sample["net_input"])
+        target = model.get_targets(sample, output).reshape(-1)
+        lprobs = _flat_lprobs(model, output)
+        padding = target.eq(self.padding_idx)
+        nll_loss = F.nll_loss(lprobs, target, ignore_index=self.padding_idx, reduction="none")
+        kl = self._divergence(model, lprobs, sample).masked_fill(padding, 0.0)
+        loss = (1 - self.teacher_weight) * nll_loss + self.teacher_weight * kl
+        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        logging_output = {
+            "loss": loss.detach().sum(),
+            "nll_loss": nll_loss.detach().sum(),
+            "teacher_kl": kl.detach().sum(),
+            "n_correct": (lprobs.argmax(-1).eq(target) & ~padding).sum(),
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["target"].size(0),
+            "sample_size": sample_size,
+        }
+        return loss.sum() if reduce else loss, sample_size, logging_output
+
+    def _divergence(self, model, lprobs, sample):
+        """KL(teacher || model) at each position, (batch * time,); the gradient reaches the model only."""
+        with torch.no_grad():
+            (teacher,) = self._teacher
+            parameter = next(model.parameters())
+            teacher.to(device=parameter.device, dtype=parameter.dtype)
+            teacher_lprobs = _flat_lprobs(teacher, teacher(**sample["net_input"]))
+            probs = teacher_lprobs.exp()
+            negative_entropy = (probs * teacher_lprobs).sum(-1)
+        # Apart from its gradient the same as F.kl_div, whose passes over the vocabulary cost more.
+        return negative_entropy - (probs * lprobs).sum(-1)
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs) -> None:
+        """Logs the metrics of the class's description from summed or separate outputs."""
+        sums = {key: utils.item(sum(log.get(key, 0) for log in logging_outputs)) for key in _SUMS}
+        bits = math.log(2)
+        metrics.log_scalar("loss", sums["loss"] / sums["sample_size"] / bits, sums["sample_size"], round=3)
+        for name in ("nll_loss", "teacher_kl"):
+            metrics.log_scalar(name, sums[name] / sums["ntokens"] / bits, sums["ntokens"], round=3)
+        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
+        metrics.log_scalar("accuracy", 100 * sums["n_correct"] / sums["ntokens"], sums["ntokens"], round=3)
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        return True
+
+
+def _flat_lprobs(model, output):
+    lprobs = model.get_normalized_probs(output, log_probs=True)
+    return lprobs.reshape(-1, lprobs.size(-1))
+
+
+def _load_teacher(path, task):
+    try:
+        models, _ = checkpoint_utils.load_model_ensemble([path], task=task)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise BildError(f"--teacher-path {path}: does not fit this data: {reason}") from error
+    return [model.eval().requires_grad_(False) for model in models]
