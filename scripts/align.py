@@ -559,6 +559,16 @@ def model_flags(config: argparse.Namespace) -> list[str]:
     return ["--arch", arch, *flags]
 
 
+def _same(given: Any, wanted: Any) -> bool:
+    """Whether two values of an option build the same model: fairseq leaves switches out, and some numbers as text."""
+    if given is None:
+        return wanted is False
+    try:
+        return float(given) == float(wanted)
+    except (TypeError, ValueError):
+        return str(given) == str(wanted)
+
+
 def check_model(parsed: argparse.Namespace, config: argparse.Namespace) -> None:
     """Refuses flags that build another model than a checkpoint's.
 
@@ -568,8 +578,7 @@ def check_model(parsed: argparse.Namespace, config: argparse.Namespace) -> None:
     """
     for action in _model_options(_model_parser(parsed.arch)):
         wanted = getattr(config, action.dest, None)
-        # As text, because fairseq leaves a few numbers unconverted.
-        if wanted is not None and str(getattr(parsed, action.dest, None)) != str(wanted):
+        if wanted is not None and not _same(getattr(parsed, action.dest, None), wanted):
             raise BildError(
                 f"--small: has {action.option_strings[0]} {wanted}, which fairseq-train cannot be told with "
                 f"--arch {parsed.arch} and these flags"

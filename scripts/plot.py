@@ -153,7 +153,8 @@ def draw_curve(args: argparse.Namespace) -> None:
             best = front(points)
             name = method if kind == "bild" else f"{method}, {kind}"
             sign = marker if kind == "bild" else ABLATION_MARKERS[kind]
-            axes.plot(*columns(best), line, color=color, marker=sign, markersize=5, linewidth=1.5, label=name, zorder=3)
+            style = {"linestyle": line, "linewidth": 1.5, "color": color}
+            axes.plot(*columns(best), marker=sign, markersize=5, label=name, zorder=3, **style)
             rest = [point for point in points if point not in best]
             axes.plot(*columns(rest), sign, color=color, markersize=3, alpha=0.45, fillstyle="none", zorder=2)
     settings = [point for (_, kind), points in groups.items() if kind == "bild" for point in points]
@@ -161,16 +162,18 @@ def draw_curve(args: argparse.Namespace) -> None:
     if settings:
         axes.plot(*columns(best), "o", color="black", markersize=11, fillstyle="none", label="Pareto front", zorder=4)
     if args.labels:
+        # On the side that the front leaves free.
+        place = {"xytext": (7, 6), "ha": "left"} if args.x == "speedup" else {"xytext": (-7, 6), "ha": "right"}
+        style = {"textcoords": "offset points", "fontsize": 7, "color": "0.25", **place}
         for point in best:
-            axes.annotate(
-                point.label, (point.x, point.quality), (6, 7), textcoords="offset points", fontsize=7, color="0.25"
-            )
+            axes.annotate(point.label, (point.x, point.quality), **style)
     baselines = [(m, kind, points[0]) for (m, kind), points in groups.items() if kind in BASELINES]
     show_range(
         axes, settings or [p for ps in groups.values() for p in ps], [p for _, k, p in baselines if k == "greedy"]
     )
     for method, kind, point in baselines:
-        name = kind if method == "large model" else f"{method}, {kind}"
+        name = kind.replace("greedy", "lean greedy")
+        name = name if method == "large model" else f"{method}, {name}"
         draw_baseline(axes, point, name, BASELINES[kind])
     axes.set_xlabel("speedup over lean greedy" if args.x == "speedup" else "latency (ms a sentence)")
     axes.set_ylabel(metric)

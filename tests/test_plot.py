@@ -92,6 +92,7 @@ def sweep(tmp_path_factory) -> Path:
         *(row("unaligned", "bild", 30.2 - x * x, 1 + x / 2) for x in (0.1, 0.4, 0.8)),
         row("unaligned", "bild", 25, 1.05),
         *(row("unaligned", "no rollback", 30 - 2 * x, 1 + x / 2) for x in (0.1, 0.4, 0.8)),
+        *(row("unaligned", "no fallback", 30 - 3 * x, 1 + x / 2, 0.0) for x in (0.1, 0.4, 0.8)),
     ]
     (folder / "results.json").write_text(json.dumps({"origin": {"metric_name": "BLEU"}, "rows": rows}))
     return folder
@@ -124,7 +125,15 @@ def test_the_curve_comes_out(corpus, sweep, tmp_path, more):
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     corpus.programs("python", code, plot.__file__, "curve", sweep, "--out", out, *more)
     drawing = out.read_text()
-    for name in ("aligned", "unaligned", "unaligned, no rollback", "Pareto front", "greedy", "BLEU"):
+    for name in (
+        "aligned",
+        "unaligned",
+        "unaligned, no rollback",
+        "unaligned, no fallback",
+        "Pareto front",
+        "lean greedy",
+        "BLEU",
+    ):
         assert f">{name}</text>" in drawing, name
     assert "aligned, small alone: 20.0 at 4.00x, outside" in drawing
     assert ("speedup over lean greedy" in drawing) == bool(more)
