@@ -127,6 +127,14 @@ def _parser() -> argparse.ArgumentParser:
         help="0 to 1: how much is learned from the large model's distribution at each position rather than from its "
         "text; above 0 the large model runs during training as well (default: 0)",
     )
+    training.add_argument(
+        "--distill-top",
+        type=int,
+        default=0,
+        metavar="K",
+        help="with --distill: only the large model's K most probable words, which stay in memory (6 K bytes a token), "
+        "so that it runs in the first epoch only; 32 loses little (default: 0, all words in every epoch)",
+    )
     training.add_argument("--epochs", type=int, default=10, help="passes over the calibration set (default: 10)")
     training.add_argument("--lr", type=float, default=1e-3, help="learning rate, which falls to 0 (default: 1e-3)")
     training.add_argument("--max-tokens", type=int, default=4000, help="tokens a batch (default: 4000)")
@@ -164,6 +172,8 @@ def check(args: argparse.Namespace) -> None:
     for name in (*positive, "batch_size", "max_draft", "truncate_source"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise BildError(f"{_flag(name)} {getattr(args, name)}: give a number above 0")
+    if args.distill_top < 0:
+        raise BildError(f"--distill-top {args.distill_top}: give a number of words, 0 for all")
     if args.out.resolve() in (args.small.resolve(), args.large.resolve()):
         raise BildError(f"--out {args.out}: is one of the models that are read; name another file")
 
@@ -278,7 +288,7 @@ class Alignment:
     def train(self) -> None:
         """Trains the small model on with the calibration set; goes on from its last epoch."""
         args = self.args
-        names = ["distill", "epochs", "lr", "max_tokens", "dropout", "seed"]
+        names = ["distill", "distill_top", "epochs", "lr", "max_tokens", "dropout", "seed"]
         calibration = [Path(f"{self.file(self.data, 'train', side)}.bin") for side in (self.source, self.target)]
         settings = {"--small": digest(args.small), "calibration set": digest(*calibration)}
         settings |= {_flag(name): getattr(args, name) for name in names}
@@ -317,6 +327,7 @@ class Alignment:
         if args.distill:
             flags += ["--criterion", "word_distillation_cross_entropy"]
             flags += ["--teacher-path", args.large, "--teacher-weight", args.distill]
+            flags += ["--teacher-top", args.distill_top]
         else:
             flags += ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0, "--report-accuracy"]
         flags = [*map(str, flags), *["--cpu"] * args.cpu, *args.train_flags]

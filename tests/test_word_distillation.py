@@ -34,8 +34,8 @@ class Setting:
         dataset = self.task.dataset("valid")
         return dataset.collater([dataset[i] for i in rows])
 
-    def criterion(self, weight=0.5, sentence_avg=False):
-        return WordDistillationCrossEntropyCriterion(self.task, sentence_avg, self.path, weight)
+    def criterion(self, weight=0.5, sentence_avg=False, top=0):
+        return WordDistillationCrossEntropyCriterion(self.task, sentence_avg, self.path, weight, top)
 
 
 @pytest.fixture
@@ -75,6 +75,41 @@ def test_loss_and_gradient_mix_the_text_and_the_teacher(setting, weight):
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
         close(gradient, theirs[name])
+
+
+def test_all_words_remembered_are_the_whole_distribution(setting):
+    """Up to the half precision that they are kept in; sentences are found again in other batches."""
+    sample = setting.sample()
+    criterion = setting.criterion(0.7, top=10**6)
+    criterion(setting.student, setting.sample([5, 1, 3]))
+    loss, _, log = criterion(setting.student, sample)
+    wanted, _, kl = by_hand(setting, sample, 0.7)
+    assert log["teacher_kl"] == pytest.approx(kl.item(), rel=2e-3)
+    ours, theirs = gradients(setting.student, loss), gradients(setting.student, wanted)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-2, atol=1e-2)
+
+
+def test_the_most_probable_words_by_hand(setting):
+    sample = setting.sample()
+    kept = sample["target"] != setting.task.target_dictionary.pad()
+    student, teacher = (model(**sample["net_input"])[0][kept] for model in (setting.student, setting.teacher))
+    top, words = teacher.topk(3)
+    probs = top.softmax(-1)
+    wanted = (probs * (probs.log() - student.log_softmax(-1).gather(1, words))).sum()
+    log = setting.criterion(top=3)(setting.student, sample)[2]
+    assert log["teacher_kl"] == pytest.approx(wanted.item(), rel=2e-3)
+
+
+def test_the_teacher_reads_a_sentence_once(setting, monkeypatch):
+    criterion = setting.criterion(top=3)
+    calls = []
+    lprobs = criterion._teacher_lprobs
+    monkeypatch.setattr(criterion, "_teacher_lprobs", lambda *args: calls.append(1) or lprobs(*args))
+    first = criterion(setting.student, setting.sample())[0]
+    again = criterion(setting.student, setting.sample(range(5, -1, -1)))[0]
+    assert len(calls) == 1
+    close(again, first)
 
 
 def test_a_model_has_nothing_to_learn_from_itself(setting):
@@ -138,6 +173,8 @@ def test_what_cannot_be_used_is_refused(setting, corpus, tmp_path):  # noqa: F81
     for weight in (-0.1, 1.1, math.nan):
         with pytest.raises(BildError, match="--teacher-weight"):
             setting.criterion(weight)
+    with pytest.raises(BildError, match="--teacher-top -1"):
+        setting.criterion(top=-1)
     setting.path = str(tmp_path / "missing.pt")
     with pytest.raises(BildError, match="--teacher-path .*no such file"):
         setting.criterion()

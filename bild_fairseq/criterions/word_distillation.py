@@ -34,6 +34,13 @@ class WordDistillationCrossEntropyConfig(FairseqDataclass):
         default=0.5,
         metadata={"help": "0 to 1: how much is learned from the large model's distribution rather than from the text"},
     )
+    teacher_top: int = field(
+        default=0,
+        metadata={
+            "help": "learn from so many of the large model's most probable words only, and keep them in memory, six "
+            "bytes each, so that the large model reads every sentence once (0: all words, read in every epoch)"
+        },
+    )
     sentence_avg: bool = II("optimization.sentence_avg")
 
 
@@ -42,25 +49,32 @@ class WordDistillationCrossEntropyCriterion(FairseqCriterion):
     """(1 - w) times the cross-entropy with the targets plus w times the divergence from the teacher.
 
     The divergence is that of Kullback and Leibler from the teacher's distribution, given the source and the target
-    words so far, to the trained model's. The teacher stays as it is, runs in evaluation mode next to the trained
-    model, and is no part of its checkpoints.
+    words so far, to the trained model's. With ``--teacher-top`` the teacher's distribution is that of its most
+    probable words, made to sum to 1. The teacher stays as it is, runs in evaluation mode next to the trained model, and
+    is no part of its checkpoints.
 
     Logged, in training and validation: ``loss``, bits a token, or a sentence with ``--sentence-avg``; ``nll_loss``,
     the cross-entropy with the targets, and ``teacher_kl``, the divergence, both in bits a token; ``ppl``, 2 to the
     power of ``nll_loss``; ``accuracy``, the percentage of target tokens that are the most probable one.
 
     Raises:
-        BildError: the weight is outside 0 to 1, or the teacher is missing or does not fit the data.
+        BildError: the weight is outside 0 to 1, the number of words is negative, or the teacher is missing or does not
+            fit the data.
     """
 
-    def __init__(self, task, sentence_avg, teacher_path, teacher_weight):
+    def __init__(self, task, sentence_avg, teacher_path, teacher_weight, teacher_top=0):
         super().__init__(task)
         if not 0 <= teacher_weight <= 1:
             raise BildError(f"--teacher-weight {teacher_weight}: give a weight from 0 to 1")
+        if teacher_top < 0:
+            raise BildError(f"--teacher-top {teacher_top}: give a number of words, 0 for all")
         if not Path(teacher_path).is_file():
             raise BildError(f"--teacher-path {teacher_path}: no such file; name the large model's checkpoint")
         self.sentence_avg = sentence_avg
         self.teacher_weight = teacher_weight
+        self.teacher_top = min(teacher_top, len(task.target_dictionary))
+        # Sentence pair -> the teacher's most probable words and their probabilities, (time, top) each.
+        self._remembered: dict[tuple[bytes, bytes], tuple[torch.Tensor, torch.Tensor]] = {}
         # Held in a list, so that it is no submodule: its weights are neither trained nor saved.
         self._teacher = _load_teacher(teacher_path, task)
 
@@ -81,7 +95,7 @@ class WordDistillationCrossEntropyCriterion(FairseqCriterion):
         lprobs = _flat_lprobs(model, output)
         padding = target.eq(self.padding_idx)
         nll_loss = F.nll_loss(lprobs, target, ignore_index=self.padding_idx, reduction="none")
-        kl = self._divergence(model, lprobs, sample).masked_fill(padding, 0.0)
+        kl = self._divergence(model, lprobs, padding, sample)
         loss = (1 - self.teacher_weight) * nll_loss + self.teacher_weight * kl
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {
@@ -95,17 +109,42 @@ class WordDistillationCrossEntropyCriterion(FairseqCriterion):
         }
         return loss.sum() if reduce else loss, sample_size, logging_output
 
-    def _divergence(self, model, lprobs, sample):
+    def _divergence(self, model, lprobs, padding, sample):
         """KL(teacher || model) at each position, (batch * time,); the gradient reaches the model only."""
+        if self.teacher_top:
+            words, probs = self._top_words(model, padding, sample)  # (tokens, top)
+            probs = probs.to(lprobs.dtype)
+            kept = (~padding).nonzero()  # (tokens, 1)
+            kl = (torch.xlogy(probs, probs) - probs * lprobs[kept, words]).sum(-1)
+            return torch.zeros_like(lprobs[:, 0]).masked_scatter(~padding, kl)
         with torch.no_grad():
-            (teacher,) = self._teacher
-            parameter = next(model.parameters())
-            teacher.to(device=parameter.device, dtype=parameter.dtype)
-            teacher_lprobs = _flat_lprobs(teacher, teacher(**sample["net_input"]))
+            teacher_lprobs = self._teacher_lprobs(model, sample)
             probs = teacher_lprobs.exp()
             negative_entropy = (probs * teacher_lprobs).sum(-1)
         # Apart from its gradient the same as F.kl_div, whose passes over the vocabulary cost more.
-        return negative_entropy - (probs * lprobs).sum(-1)
+        return (negative_entropy - (probs * lprobs).sum(-1)).masked_fill(padding, 0.0)
+
+    @torch.no_grad()
+    def _teacher_lprobs(self, model, sample):
+        (teacher,) = self._teacher
+        parameter = next(model.parameters())
+        teacher.to(device=parameter.device, dtype=parameter.dtype)
+        return _flat_lprobs(teacher, teacher(**sample["net_input"]))
+
+    def _top_words(self, model, padding, sample):
+        """The teacher's most probable words after each token that is no padding, and their probabilities."""
+        target = sample["target"]
+        sources = _without(sample["net_input"]["src_tokens"], self.padding_idx)
+        targets = _without(target, self.padding_idx)
+        keys = [(source.tobytes(), words.tobytes()) for source, words in zip(sources, targets, strict=True)]
+        if not all(key in self._remembered for key in keys):
+            probs, words = self._teacher_lprobs(model, sample)[~padding].exp().topk(self.teacher_top)
+            probs = probs / probs.sum(-1, keepdim=True)
+            lengths = list(map(len, targets))
+            for key, *parts in zip(keys, words.int().split(lengths), probs.half().split(lengths), strict=True):
+                self._remembered[key] = tuple(part.to("cpu", copy=True) for part in parts)
+        words, probs = zip(*(self._remembered[key] for key in keys), strict=True)
+        return torch.cat(words).long().to(target.device), torch.cat(probs).float().to(target.device)
 
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:
@@ -121,6 +160,11 @@ class WordDistillationCrossEntropyCriterion(FairseqCriterion):
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         return True
+
+
+def _without(tokens, padding):
+    """The rows of (batch, time) without padding, as NumPy arrays."""
+    return [row[row != padding] for row in tokens.cpu().numpy()]
 
 
 def _flat_lprobs(model, output):
