@@ -29,6 +29,11 @@ class Constraints:
     unk_penalty: float = 0.0
     no_repeat_ngram_size: int = 0  # 0: off
 
+    @property
+    def depend_on_text(self) -> bool:
+        """Whether what is forbidden depends on more than the position."""
+        return bool(self.no_repeat_ngram_size) or self.exact_lengths is not None
+
     def apply(
         self,
         logits: Array,

@@ -21,6 +21,8 @@ from .constraints import Array, Constraints
 from .policies import falls_back, rolls_back
 from .stats import Counters
 
+Prediction = tuple[int, float]  # the best token and its log-probability (nats)
+
 
 class Reader(Protocol):
     """One side of the decoding: reads tokens, predicts the next ones, and can go back."""
@@ -38,6 +40,29 @@ class Reader(Protocol):
         Returns:
             float32 logits (predictions, vocab), for each row in order, one prediction after each token read; and
             their logsumexp (predictions,), which makes them log-probabilities. The caller may change the logits.
+        """
+        ...
+
+    def draft(
+        self,
+        tokens: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        limits: Sequence[int],
+        threshold: float,
+        constraints: Constraints,
+    ) -> list[list[Prediction]] | None:
+        """Reads all that it has not consumed of some rows, then each time its own best token, which saves the way back.
+
+        Args:
+            tokens, rows: as for ``read``; the rows are past their prefixes and below the maximum length.
+            limits: for each row, so many predictions at most.
+            threshold: probability; a draft ends with the first token that is less likely.
+            constraints: hold for every prediction.
+
+        Returns:
+            for each row its predictions, up to the first one that is the end symbol, less likely than the threshold,
+            not a number or the last one allowed; all but the last have been read. None if the reader reads one token
+            at a time only.
         """
         ...
 
@@ -166,31 +191,50 @@ class _Batch:
 
 
 def _draft(batch: _Batch, rows: Sequence[int], small: Reader, policy: Policy) -> None:
-    """One small step: every drafting sentence gets a token or hands over to the large model."""
-    eos = batch.constraints.eos
+    """The small model's turn, or one step of it: each sentence gets tokens, and may hand over to the large model."""
+    for row, predictions in zip(rows, _predictions(batch, rows, small, policy), strict=True):
+        sentence = batch.sentences[row]
+        for token, lprob in predictions:
+            if sentence.drafting:
+                _take(sentence, token, lprob, policy, batch.constraints.eos)
+
+
+def _take(sentence: Sentence, token: int, lprob: float, policy: Policy, eos: int) -> None:
+    """What becomes of a prediction of the small model."""
+    sentence.counters.small_calls += 1
+    if math.isnan(lprob):
+        _give_up(sentence, eos, "the small model's logits are not numbers")
+    elif sentence.prefix and sentence.tokens[-1] == eos:
+        _finish(sentence)
+    elif falls_back(lprob, policy.fallback_threshold):
+        sentence.counters.fallbacks += 1
+        sentence.drafting = False
+    else:
+        sentence.append(token, lprob)
+        sentence.counters.drafted += 1
+        if token == eos and not policy.verify_end:
+            _finish(sentence)
+        elif token == eos or sentence.generated - sentence.verified >= policy.max_draft:
+            sentence.drafting = False
+
+
+def _predictions(batch: _Batch, rows: Sequence[int], small: Reader, policy: Policy) -> list[list[Prediction]]:
+    """What the small model would write next in each row: as much as it can say in one go, at least one token."""
     # A forced prefix that no model has read yet gets its scores from the small model.
     unscored = policy.start_small and any(batch.prefixes[row] and not small.consumed[row] for row in rows)
+    sentences = [batch.sentences[row] for row in rows]
+    room = [batch.constraints.max_len - sentence.generated for sentence in sentences]
+    if not unscored and min(room) > 0:
+        left = [policy.max_draft - sentence.generated + sentence.verified for sentence in sentences]
+        limits = list(map(min, left, room))
+        drafts = small.draft(batch.tokens, rows, limits, policy.fallback_threshold, batch.constraints)
+        if drafts is not None:
+            return drafts
     logits, normalizers, places = batch.predict(small, rows, last_only=not unscored)
     if unscored:
         last = _score_prefixes(batch, logits, normalizers, places)
         logits, normalizers = logits[last], normalizers[last]
-    for row, token, lprob in zip(rows, *_best(logits, normalizers), strict=True):
-        sentence = batch.sentences[row]
-        sentence.counters.small_calls += 1
-        if math.isnan(lprob):
-            _give_up(sentence, eos, "the small model's logits are not numbers")
-        elif sentence.prefix and sentence.tokens[-1] == eos:
-            _finish(sentence)
-        elif falls_back(lprob, policy.fallback_threshold):
-            sentence.counters.fallbacks += 1
-            sentence.drafting = False
-        else:
-            sentence.append(token, lprob)
-            sentence.counters.drafted += 1
-            if token == eos and not policy.verify_end:
-                _finish(sentence)
-            elif token == eos or sentence.generated - sentence.verified >= policy.max_draft:
-                sentence.drafting = False
+    return [[prediction] for prediction in zip(*_best(logits, normalizers), strict=True)]
 
 
 def _score_prefixes(batch: _Batch, logits: Array, normalizers: Array, places: Sequence[tuple[int, int]]) -> list[int]:

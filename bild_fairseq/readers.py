@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from .cached_decoder import Select
-from .decode import Reader
+from .constraints import Constraints
+from .decode import Prediction, Reader
+from .native import DraftRules, NativeDecoder
 
 
 class Decoder(Protocol):
@@ -49,11 +51,39 @@ class _Cursor:
     def rollback(self, row: int, length: int) -> None:
         self.consumed[row] = min(self.consumed[row], length)
 
+    def draft(
+        self,
+        tokens: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        limits: Sequence[int],
+        threshold: float,
+        constraints: Constraints,
+    ) -> list[list[Prediction]] | None:
+        if not isinstance(self.decoder, NativeDecoder) or constraints.depend_on_text:
+            return None
+        rules = DraftRules(
+            pad=constraints.pad,
+            unk=constraints.unk,
+            eos=constraints.eos,
+            threshold=threshold,
+            unk_penalty=constraints.unk_penalty,
+            limits=limits,
+            minima=[max(0, constraints.min_len - len(tokens[row]) + 1) for row in rows],
+        )
+        starts, unread = self._unread(tokens, rows)
+        drafts = self.decoder.draft(self.state, unread, rows, starts, self.layers, rules, self._keep)
+        for row, predictions in zip(rows, drafts, strict=True):
+            self.consumed[row] = len(tokens[row]) + len(predictions) - 1
+        return drafts
+
+    def _unread(self, tokens: Sequence[Sequence[int]], rows: Sequence[int]) -> tuple[list[int], list[Sequence[int]]]:
+        starts = [self.consumed[row] for row in rows]
+        return starts, [tokens[row][start:] for row, start in zip(rows, starts, strict=True)]
+
     def _read(
         self, tokens: Sequence[Sequence[int]], rows: Sequence[int], select: Select
     ) -> tuple[Tensor, Tensor] | None:
-        starts = [self.consumed[row] for row in rows]
-        unread = [tokens[row][start:] for row, start in zip(rows, starts, strict=True)]
+        starts, unread = self._unread(tokens, rows)
         result = self.decoder.read(self.state, unread, rows, starts, self.layers, select, self._keep)
         for row in rows:
             self.consumed[row] = len(tokens[row])
@@ -95,6 +125,18 @@ class EnsembleReader:
         lprobs = torch.stack([logits - normalizer[:, None] for logits, normalizer in results])
         mean = torch.logsumexp(lprobs, dim=0) - math.log(len(results))
         return mean, mean.new_zeros(mean.size(0))
+
+    def draft(
+        self,
+        tokens: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        limits: Sequence[int],
+        threshold: float,
+        constraints: Constraints,
+    ) -> list[list[Prediction]] | None:
+        if len(self._readers) > 1 or self._temperature != 1.0:
+            return None
+        return self._readers[0].draft(tokens, rows, limits, threshold, constraints)
 
     def rollback(self, row: int, length: int) -> None:
         for reader in self._readers:

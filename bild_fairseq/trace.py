@@ -34,6 +34,9 @@ class _Recorder:
         self._calls.append((self._is_large, snapshot, list(rows), list(self._reader.consumed), last_only))
         return self._reader.read(tokens, rows, last_only)
 
+    def draft(self, *args: Any) -> None:
+        """One token at a time, each a call of ``read``."""
+
     def rollback(self, row: int, length: int) -> None:
         self._reader.rollback(row, length)
 

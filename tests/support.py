@@ -6,7 +6,7 @@ import functools
 import math
 import random
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hypothesis.strategies as st
@@ -245,12 +245,20 @@ def any_rules(**strategies: Any) -> st.SearchStrategy[Rules]:
 def count_positions(decoder: CachedDecoder | NativeDecoder) -> list[int]:
     """From now on, how many tokens each layer of a decoder reads; grows in place."""
     counts = [0] * decoder.depth
-    read = decoder.read
 
-    def counted(state: Any, unread: Sequence, rows: Any, starts: Any, layers: tuple[int, int], *more: Any) -> Any:
-        for layer in range(*layers):
-            counts[layer] += sum(map(len, unread))
-        return read(state, unread, rows, starts, layers, *more)
+    def counting(method: Callable[..., Any], drafts: bool) -> Callable[..., Any]:
+        def counted(state: Any, unread: Sequence, rows: Any, starts: Any, layers: tuple[int, int], *more: Any) -> Any:
+            result = method(state, unread, rows, starts, layers, *more)
+            count = sum(map(len, unread))
+            if drafts:  # all predictions but the last have been read
+                count += sum(len(predictions) - 1 for predictions in result)
+            for layer in range(*layers):
+                counts[layer] += count
+            return result
 
-    decoder.read = counted
+        return counted
+
+    decoder.read = counting(decoder.read, False)
+    if isinstance(decoder, NativeDecoder):
+        decoder.draft = counting(decoder.draft, True)
     return counts

@@ -604,6 +604,9 @@ class Table:
         logits = torch.tensor(self._rows[first:end]).log()
         return logits, torch.zeros(len(logits))
 
+    def draft(self, *args: Any) -> None:
+        """One token at a time."""
+
     def rollback(self, row: int, length: int) -> None:
         self.consumed[0] = min(self.consumed[0], length)
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
+from operator import add
 
 import torch
 from fairseq.models.transformer import TransformerDecoderBase
 from torch import Tensor
 
 from ..cached_decoder import Select
-from .structs import Head, State
-from .transformer import PackedStack
+from .structs import Head, Linear, State
+from .transformer import DraftRules, PackedStack
 
 
 class NativeDecoderState:
@@ -21,7 +22,7 @@ class NativeDecoderState:
     def __init__(self, stack: PackedStack, batch: int, length: int):
         self.batch = batch
         self.struct = State(sentences=batch)
-        self.hidden: Tensor | None = None  # (batch, capacity, dim), what a shallow pass has left for a deep one
+        self._hidden: Tensor | None = None  # (batch, capacity, dim), what a shallow pass has left for a deep one
         self._stack = stack
         self._source: tuple[Tensor, ...] = ()
         self.reserve(length)
@@ -50,28 +51,38 @@ class NativeDecoderState:
         self._keys, self._values = keys, values
         self.struct.capacity, self.struct.layer_size = capacity, self.batch * stack.dim * capacity
         self.struct.keys, self.struct.values = keys.data_ptr(), values.data_ptr()
-        if self.hidden is not None:
-            hidden, self.hidden = self.hidden, torch.empty(self.batch, capacity, stack.dim)
-            self.hidden[:, :old] = hidden
+        if self._hidden is not None:
+            hidden = self._hidden
+            self._make_hidden()
+            self._hidden[:, :old] = hidden
         stack.reserve_positions(capacity)
 
-    def keep_hidden(self, x: Tensor, places: Sequence[Tensor]) -> None:
-        if self.hidden is None:
-            self.hidden = torch.empty(self.batch, self.struct.capacity, self._stack.dim)
-        self.hidden[tuple(places)] = x
+    def keep_hidden(self) -> None:
+        """Makes room for hidden states."""
+        if self._hidden is None:
+            self._make_hidden()
 
-    def set_source(self, lengths: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Sets the source.
+    def _make_hidden(self) -> None:
+        self._hidden = torch.empty(self.batch, self.struct.capacity, self._stack.dim)
+        self.struct.hidden = self._hidden.data_ptr()
+
+    def set_source(self, lengths: Tensor, both: Linear, x: Tensor) -> None:
+        """Projects the source.
 
         Args:
             lengths: (batch,) source positions.
-            keys: (layers, batch, heads, head_dim, capacity).
-            values: (layers, batch, heads, capacity, head_dim), and a panel of anything.
+            both: as for :meth:`PackedStack.set_source`.
+            x: (batch, source, encoder dim), each sentence from 0 on.
         """
+        stack, struct = self._stack, self.struct
+        capacity = stack.round_up(x.size(1))
+        size = stack.depth * self.batch * stack.dim * capacity
+        # The kernels read, and ignore, up to a panel beyond the last number.
+        keys, values = torch.empty(size + stack.panel), torch.empty(size + stack.panel)
         self._source = (lengths, keys, values)
-        self.struct.source_capacity = keys.size(-1)
-        self.struct.source_lengths = lengths.data_ptr()
-        self.struct.source_keys, self.struct.source_values = keys.data_ptr(), values.data_ptr()
+        struct.source_capacity, struct.source_lengths = capacity, lengths.data_ptr()
+        struct.source_keys, struct.source_values = keys.data_ptr(), values.data_ptr()
+        stack.set_source(struct, both, x)
 
 
 class NativeDecoder:
@@ -104,9 +115,7 @@ class NativeDecoder:
 
     def start(self, encoder_out: Tensor, padding_mask: Tensor | None, batch: int) -> NativeDecoderState:
         """See :meth:`~bild_fairseq.cached_decoder.CachedDecoder.start`."""
-        stack = self._stack
         source = encoder_out.size(0)
-        capacity = stack.round_up(source)
         lengths = torch.full((batch,), source)
         x = encoder_out.transpose(0, 1)  # (batch, source, encoder dim)
         if padding_mask is not None and padding_mask.any():
@@ -114,17 +123,8 @@ class NativeDecoder:
             lengths = source - padding_mask.sum(dim=1)
             order = padding_mask.int().argsort(dim=1, stable=True)
             x = x.gather(1, order[:, :, None].expand_as(x))
-        kv = stack.linear(self._key_value, x.reshape(batch * source, -1))
-        by_head = (stack.depth, batch, stack.heads)
-        head_dim = stack.dim // stack.heads
-        kv = kv.view(batch, source, stack.depth, 2, stack.heads, head_dim).permute(3, 2, 0, 4, 1, 5)
-        keys = torch.empty(*by_head, head_dim, capacity)
-        keys[..., :source] = kv[0].transpose(3, 4)
-        # The kernels read, and ignore, up to a panel beyond the last number.
-        values = torch.empty(math.prod(by_head) * head_dim * capacity + stack.panel)
-        values[: -stack.panel].view(*by_head, capacity, head_dim)[..., :source, :] = kv[1]
-        state = NativeDecoderState(stack, batch, 32 + 2 * source)
-        state.set_source(lengths, keys, values)
+        state = NativeDecoderState(self._stack, batch, 32 + 2 * source)
+        state.set_source(lengths, self._key_value, x)
         return state
 
     def read(
@@ -140,34 +140,44 @@ class NativeDecoder:
         """See :meth:`~bild_fairseq.cached_decoder.CachedDecoder.read`."""
         first, last = layers
         counts = [len(tokens) for tokens in unread]
-        state.reserve(max(start + count for start, count in zip(starts, counts, strict=True)))
-        tokens = [token for sentence in unread for token in sentence]
-        places = _places(rows, starts, counts) if first or keep else ()
-        x = state.hidden[places] if first else torch.empty(len(tokens), self._stack.dim)
+        state.reserve(max(map(add, starts, counts)))
+        if keep:
+            state.keep_hidden()
+        total = sum(counts)
         if select == "last":
             selected = [end - 1 for end in accumulate(counts)]
         else:
-            selected = range(len(tokens)) if select == "all" else ()
-        result = self._stack.forward(
-            state.struct,
-            x,
-            (rows, starts, counts),
-            None if first else tokens,
-            layers,
-            self._heads.get(last),
-            selected,
-        )
-        if keep:
-            state.keep_hidden(x, places)
+            selected = range(total) if select == "all" else ()
+        tokens = None if first else [*chain.from_iterable(unread)]
+        head = self._heads.get(last)
+        result = self._stack.forward(state.struct, (rows, starts, counts), tokens, layers, head, selected, keep)
         return result if selected else None
 
+    def draft(
+        self,
+        state: NativeDecoderState,
+        unread: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        starts: Sequence[int],
+        layers: tuple[int, int],
+        rules: DraftRules,
+        keep: bool = False,
+    ) -> list[list[tuple[int, float]]]:
+        """Reads tokens and goes on with its own.
 
-def _places(rows: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Row and position of every token."""
-    pairs = [
-        (row, position)
-        for row, start, count in zip(rows, starts, counts, strict=True)
-        for position in range(start, start + count)
-    ]
-    rows, positions = zip(*pairs, strict=True)
-    return torch.tensor(rows), torch.tensor(positions)
+        Args:
+            state, unread, rows, starts, layers, keep: as for
+                :meth:`~bild_fairseq.cached_decoder.CachedDecoder.read`; the layers begin with the lowest.
+            rules: where a draft ends.
+
+        Returns:
+            for each row its predictions, see :meth:`PackedStack.draft`.
+        """
+        counts = [len(tokens) for tokens in unread]
+        state.reserve(max(map(add, starts, counts)) + max(rules.limits))
+        if keep:
+            state.keep_hidden()
+        tokens = [*chain.from_iterable(unread)]
+        return self._stack.draft(
+            state.struct, (rows, starts, counts), tokens, layers, self._heads[layers[1]], rules, keep
+        )

@@ -45,7 +45,7 @@ class NativeEncoder:
         state.keys, state.values = (buffer.data_ptr() for buffer in buffers)
         x = torch.empty(sum(counts), stack.dim)
         tokens = [token for source in sources for token in source]
-        stack.forward(state, x, (range(batch), [0] * batch, counts), tokens, (0, stack.depth))
+        stack.forward(state, (range(batch), [0] * batch, counts), tokens, (0, stack.depth), x=x)
         if min(counts) == longest:
             return x.view(batch, longest, -1).transpose(0, 1), None
         padding = torch.arange(longest) >= torch.tensor(counts)[:, None]

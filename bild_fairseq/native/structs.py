@@ -51,7 +51,7 @@ class Head(ctypes.Structure):
 
 class State(ctypes.Structure):
     _fields_ = [
-        *_fields("capacity layer_size", "keys values"),
+        *_fields("capacity layer_size", "keys values hidden"),
         *_fields("sentences source_capacity", "source_lengths source_keys source_values"),
     ]
 
@@ -60,11 +60,15 @@ class Call(ctypes.Structure):
     _fields_ = [
         *_fields("sentences", "rows starts counts"),
         *_fields("tokens", "token x"),
-        *_fields("first last", "head"),
+        *_fields("first last keep", "head"),
         *_fields("predictions", "selected logits"),
         *_fields("logits_stride", "log_normalizer workspace"),
         *_fields("threads"),
     ]
+
+
+class Draft(ctypes.Structure):
+    _fields_ = _fields("steps pad unk eos", "limits minima order made tokens lprobs", doubles="unk_penalty threshold")
 
 
 class Arena:

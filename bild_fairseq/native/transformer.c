@@ -20,12 +20,15 @@
 #if defined(__AVX512F__)
 #define LANES 16
 #define ROWS 12 /* rows that share a weight in registers */
+#define WIDE 5  /* up to so many rows, two panels side by side fit in registers, too */
 #elif defined(__AVX2__)
 #define LANES 8
 #define ROWS 6
+#define WIDE 2
 #else
 #define LANES 4
 #define ROWS 6
+#define WIDE 2
 #endif
 #define PANEL (2 * LANES) /* outputs that are computed together */
 #define AHEAD 24          /* inputs whose weights are fetched in advance */
@@ -78,23 +81,25 @@ typedef struct {
     int64_t layer_size;  /* floats from one layer's keys (or values) to the next layer's */
     float *keys;         /* (layers, sentences, heads, head_dim, capacity) */
     float *values;       /* (layers, sentences, heads, capacity, head_dim) */
+    float *hidden; /* (sentences, capacity, dim): what some layers have left for the ones above, or NULL */
     int64_t sentences;
     int64_t source_capacity; /* source positions, padded */
     const int64_t *source_lengths;
-    const float *source_keys;   /* (layers, sentences, heads, head_dim, source_capacity) */
-    const float *source_values; /* (layers, sentences, heads, source_capacity, head_dim) */
+    float *source_keys;   /* (layers, sentences, heads, head_dim, source_capacity) */
+    float *source_values; /* (layers, sentences, heads, source_capacity, head_dim) */
 } State;
 
 typedef struct {
     int64_t sentences;                     /* that this call reads */
-    const int64_t *rows, *starts, *counts; /* (sentences): which of the state, from which position on, how many tokens */
+    int64_t *rows, *starts, *counts;       /* (sentences): which of the state, from which position on, how many tokens */
     int64_t tokens;                        /* T, the sum of counts */
-    const int64_t *token;                  /* (T), or NULL if x holds hidden states */
-    float *x;                              /* (T, dim): hidden states, in and out */
+    int64_t *token;                        /* (T), or NULL to go on from the state's hidden states */
+    float *x;                              /* (T, dim): where hidden states are computed */
     int64_t first, last;                   /* layers first .. last - 1 */
+    int64_t keep;                          /* leave hidden states in the state */
     const Head *head;                      /* NULL for no predictions */
     int64_t predictions;
-    const int64_t *selected; /* (predictions): which tokens to predict after */
+    int64_t *selected;       /* (predictions): which tokens to predict after */
     float *logits;           /* (predictions, logits_stride) */
     int64_t logits_stride;   /* a multiple of PANEL */
     float *log_normalizer;   /* (predictions): logsumexp of the logits */
@@ -105,6 +110,9 @@ typedef struct {
 static inline int64_t weight_size(int64_t type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+/* Where the part-th of so many parts of some units begins. */
+static inline int64_t share(int64_t units, int64_t part, int64_t parts) { return units * part / parts; }
 
 static inline vec broadcast(float x) { return x - (vec){0}; }
 
@@ -126,55 +134,80 @@ static inline __attribute__((always_inline)) vec load(int type, const void *weig
 #endif
 }
 
-/* sums[r][0 .. PANEL) = sum_i x[r][i] * weight[i * stride ..] */
-static inline __attribute__((always_inline)) void multiply_rows(int rows, int type, const float *x, int64_t ldx,
-                                                                int64_t in, const void *weight, int64_t stride,
-                                                                vec sums[ROWS][2]) {
-    vec low_sums[ROWS], high_sums[ROWS];
-    for (int r = 0; r < rows; r++) low_sums[r] = high_sums[r] = (vec){0};
+/* With few rows several panels go side by side: a sum waits for its last addition, so that others must be under way. */
+#define SUMS (2 * ROWS > 8 ? 2 * ROWS : 8)
+typedef vec Sums[SUMS]; /* (panels, rows, 2) */
+
+/* sums[(q rows + r) 2 ..] = sum_i x[r][i] * weight[q distance + i stride ..], for one panel q or several. */
+static inline __attribute__((always_inline)) void multiply_rows(int panels, int rows, int type, const float *x,
+                                                                int64_t ldx, int64_t in, const void *weight,
+                                                                int64_t stride, int64_t distance, Sums sums) {
+    Sums s;
+    for (int j = 0; j < panels * rows * 2; j++) s[j] = (vec){0};
     for (int64_t i = 0; i < in; i++) {
-        const char *ahead = (const char *)weight + (i + AHEAD) * stride * weight_size(type);
-        __builtin_prefetch(ahead);
-        if (type == FLOAT32) __builtin_prefetch(ahead + 64);
-        vec low = load(type, weight, i * stride), high = load(type, weight, i * stride + LANES);
+        vec low[4], high[4];
+        for (int q = 0; q < panels; q++) {
+            int64_t at = q * distance + i * stride;
+            if (rows > 1) { /* with one row memory is busy anyway, and the processor's own guesses do better */
+                const char *ahead = (const char *)weight + (at + AHEAD * stride) * weight_size(type);
+                __builtin_prefetch(ahead);
+                if (type == FLOAT32) __builtin_prefetch(ahead + 64);
+            }
+            low[q] = load(type, weight, at), high[q] = load(type, weight, at + LANES);
+        }
         for (int r = 0; r < rows; r++) {
             vec b = broadcast(x[r * ldx + i]);
-            low_sums[r] += b * low;
-            high_sums[r] += b * high;
+            for (int q = 0; q < panels; q++) {
+                s[(q * rows + r) * 2] += b * low[q];
+                s[(q * rows + r) * 2 + 1] += b * high[q];
+            }
         }
     }
-    for (int r = 0; r < rows; r++) sums[r][0] = low_sums[r], sums[r][1] = high_sums[r];
+    for (int j = 0; j < panels * rows * 2; j++) sums[j] = s[j];
 }
 
-static inline __attribute__((always_inline)) void multiply_type(int type, int64_t rows, const float *x, int64_t ldx,
-                                                                int64_t in, const void *panel,
-                                                                vec sums[ROWS][2]) {
-    switch (rows) { /* a constant number of rows keeps the sums in registers */
-    case 1: multiply_rows(1, type, x, ldx, in, panel, PANEL, sums); break;
-    case 2: multiply_rows(2, type, x, ldx, in, panel, PANEL, sums); break;
-    case 3: multiply_rows(3, type, x, ldx, in, panel, PANEL, sums); break;
-    case 4: multiply_rows(4, type, x, ldx, in, panel, PANEL, sums); break;
-    case 5: multiply_rows(5, type, x, ldx, in, panel, PANEL, sums); break;
-    case 6: multiply_rows(6, type, x, ldx, in, panel, PANEL, sums); break;
+/* How many panels go side by side. */
+static inline int64_t abreast(int64_t rows) { return rows == 1 ? 4 : rows <= WIDE ? 2 : 1; }
+
+static inline __attribute__((always_inline)) void multiply_type(int type, int64_t panels, int64_t rows, const float *x,
+                                                                int64_t ldx, int64_t in, const void *panel, Sums sums) {
+#define CASE(PANELS, N) \
+    case PANELS * 16 + N: multiply_rows(PANELS, N, type, x, ldx, in, panel, PANEL, in * PANEL, sums); break;
+    switch (panels * 16 + rows) { /* constant numbers keep the sums in registers */
+        CASE(4, 1)
+        CASE(2, 1)
+        CASE(2, 2)
+        CASE(1, 1)
+        CASE(1, 2)
+        CASE(1, 3)
+        CASE(1, 4)
+        CASE(1, 5)
+        CASE(1, 6)
+#if WIDE > 2
+        CASE(2, 3)
+        CASE(2, 4)
+        CASE(2, 5)
+#endif
 #if ROWS > 6
-    case 7: multiply_rows(7, type, x, ldx, in, panel, PANEL, sums); break;
-    case 8: multiply_rows(8, type, x, ldx, in, panel, PANEL, sums); break;
-    case 9: multiply_rows(9, type, x, ldx, in, panel, PANEL, sums); break;
-    case 10: multiply_rows(10, type, x, ldx, in, panel, PANEL, sums); break;
-    case 11: multiply_rows(11, type, x, ldx, in, panel, PANEL, sums); break;
-    case 12: multiply_rows(12, type, x, ldx, in, panel, PANEL, sums); break;
+        CASE(1, 7)
+        CASE(1, 8)
+        CASE(1, 9)
+        CASE(1, 10)
+        CASE(1, 11)
+        CASE(1, 12)
 #endif
     }
+#undef CASE
 }
 
-static void multiply(int64_t type, int64_t rows, const float *x, int64_t ldx, int64_t in, const void *panel,
-                     vec sums[ROWS][2]) {
+static void multiply(int64_t type, int64_t panels, int64_t rows, const float *x, int64_t ldx, int64_t in,
+                     const void *panel, Sums sums) {
     if (type == FLOAT32)
-        multiply_type(FLOAT32, rows, x, ldx, in, panel, sums);
+        multiply_type(FLOAT32, panels, rows, x, ldx, in, panel, sums);
     else if (type == BFLOAT16)
-        multiply_type(BFLOAT16, rows, x, ldx, in, panel, sums);
+        multiply_type(BFLOAT16, panels, rows, x, ldx, in, panel, sums);
     else
-        multiply_type(INT8, rows, x, ldx, in, panel, sums);
+        multiply_type(INT8, panels, rows, x, ldx, in, panel, sums);
 }
 
 static inline vec vec_exp(vec x) {
@@ -207,32 +240,40 @@ static inline vec gelu(vec x) {
     return 0.5f * x * (1.0f + choose(x < 0, -erf, erf));
 }
 
+/* What is left to do with one row's sums of one panel, p: scale, bias, activation, residual. */
+static inline void finish(const Linear *l, int64_t p, const vec *sums, float *y, const float *residual, int activation) {
+    for (int half = 0; half < 2; half++) {
+        int64_t at = p * PANEL + half * LANES, width = l->out - at < LANES ? l->out - at : LANES;
+        if (width <= 0) continue;
+        vec v = sums[half];
+        if (l->scale) v *= *(const vec *)(l->scale + at);
+        if (l->bias) v += *(const vec *)(l->bias + at);
+        if (activation == RELU) v = choose(v < 0, (vec){0}, v);
+        if (activation == GELU) v = gelu(v);
+        if (width == LANES) {
+            if (residual) v += *(const vec *)(residual + at);
+            *(vec *)(y + at) = v;
+        } else
+            for (int64_t i = 0; i < width; i++) y[at + i] = v[i] + (residual ? residual[at + i] : 0);
+    }
+}
+
 /* This thread's share of y = activation(x W + bias) + residual. */
 static void linear(const Linear *l, const float *x, int64_t ldx, int64_t rows, float *y, int64_t ldy,
                    const float *residual, int activation, int64_t threads) {
     int64_t panels = (l->out + PANEL - 1) / PANEL, thread = omp_get_thread_num();
-    for (int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; p++) {
+    int64_t end = share(panels, thread + 1, threads), count;
+    for (int64_t p = share(panels, thread, threads); p < end; p += count) {
+        for (count = abreast(rows); count > end - p; count /= 2) continue;
         const char *weight = (const char *)l->weight + p * l->in * PANEL * weight_size(l->type);
         for (int64_t r0 = 0; r0 < rows; r0 += ROWS) {
             int64_t n = rows - r0 < ROWS ? rows - r0 : ROWS;
-            vec sums[ROWS][2];
-            multiply(l->type, n, x + r0 * ldx, ldx, l->in, weight, sums);
-            for (int64_t r = 0; r < n; r++)
-                for (int half = 0; half < 2; half++) {
-                    int64_t at = p * PANEL + half * LANES, width = l->out - at < LANES ? l->out - at : LANES;
-                    if (width <= 0) continue;
-                    vec v = sums[r][half];
-                    if (l->scale) v *= *(const vec *)(l->scale + at);
-                    if (l->bias) v += *(const vec *)(l->bias + at);
-                    if (activation == RELU) v = choose(v < 0, (vec){0}, v);
-                    if (activation == GELU) v = gelu(v);
-                    float *to = y + (r0 + r) * ldy + at;
-                    if (width == LANES) {
-                        if (residual) v += *(const vec *)(residual + (r0 + r) * ldy + at);
-                        *(vec *)to = v;
-                    } else
-                        for (int64_t i = 0; i < width; i++) to[i] = v[i] + (residual ? residual[(r0 + r) * ldy + at + i] : 0);
-                }
+            Sums sums;
+            multiply(l->type, count, n, x + r0 * ldx, ldx, l->in, weight, sums);
+            for (int64_t q = 0; q < count; q++)
+                for (int64_t r = 0; r < n; r++)
+                    finish(l, p + q, sums + (q * n + r) * 2, y + (r0 + r) * ldy,
+                           residual ? residual + (r0 + r) * ldy : NULL, activation);
         }
     }
 }
@@ -306,22 +347,19 @@ static void softmax(float *scores, int64_t n) {
 static void attend(const float *query, const float *keys, const float *values, int64_t capacity, int64_t n,
                    int64_t head_dim, float *scores, float *out) {
     float scale = 1.0f / sqrtf((float)head_dim);
-    vec sums[ROWS][2];
+    Sums sums;
     for (int64_t t = 0; t < n; t += PANEL) {
-        multiply_rows(1, FLOAT32, query, 0, head_dim, keys + t, capacity, sums);
-        *(vec *)(scores + t) = sums[0][0] * scale;
-        *(vec *)(scores + t + LANES) = sums[0][1] * scale;
+        multiply_rows(1, 1, FLOAT32, query, 0, head_dim, keys + t, capacity, 0, sums);
+        *(vec *)(scores + t) = sums[0] * scale;
+        *(vec *)(scores + t + LANES) = sums[1] * scale;
     }
     softmax(scores, n);
     for (int64_t d = 0; d < head_dim; d += PANEL) {
-        multiply_rows(1, FLOAT32, scores, 0, n, values + d, head_dim, sums);
+        multiply_rows(1, 1, FLOAT32, scores, 0, n, values + d, head_dim, 0, sums);
         int64_t width = head_dim - d < PANEL ? head_dim - d : PANEL;
         memcpy(out + d, sums, width * sizeof(float));
     }
 }
-
-/* Where a thread's work on (sentence, head) pairs begins and ends. */
-static inline int64_t share(int64_t units, int64_t thread, int64_t threads) { return units * thread / threads; }
 
 /* Keeps the new tokens' keys and values and attends to all that each may look at: qkv (T, 3 dim) -> out (T, dim). */
 static void self_attention(const Stack *stack, const State *state, const Call *call, int64_t layer, const float *qkv,
@@ -401,19 +439,34 @@ static void run_layer(const Stack *stack, const State *state, const Call *call, 
     }
 }
 
-static void embed(const Stack *stack, const Call *call) {
+/* What the lowest layer reads: embeddings, or hidden states that the layers below have left. */
+static void enter(const Stack *stack, const State *state, const Call *call) {
     int64_t dim = stack->dim;
 #pragma omp for schedule(static)
     for (int64_t s = 0; s < call->sentences; s++) {
         int64_t offset = 0;
         for (int64_t before = 0; before < s; before++) offset += call->counts[before];
-        for (int64_t i = 0; i < call->counts[s]; i++) {
-            float *x = call->x + (offset + i) * dim;
+        float *x = call->x + offset * dim;
+        if (!call->token) {
+            int64_t at = call->rows[s] * state->capacity + call->starts[s];
+            memcpy(x, state->hidden + at * dim, call->counts[s] * dim * sizeof(float));
+            continue;
+        }
+        for (int64_t i = 0; i < call->counts[s]; i++, x += dim) {
             const float *token = stack->embedding + call->token[offset + i] * dim;
             const float *position = stack->positions ? stack->positions + (call->starts[s] + i) * dim : NULL;
             for (int64_t d = 0; d < dim; d++) x[d] = (float)stack->embed_scale * token[d] + (position ? position[d] : 0);
             if (stack->embed_norm.weight) normalize_row(&stack->embed_norm, x, x, dim);
         }
+    }
+}
+
+static void keep_hidden(const Stack *stack, const State *state, const Call *call) {
+    const float *x = call->x;
+    for (int64_t s = 0; s < call->sentences; s++) {
+        int64_t at = call->rows[s] * state->capacity + call->starts[s], size = call->counts[s] * stack->dim;
+        memcpy(state->hidden + at * stack->dim, x, size * sizeof(float));
+        x += size;
     }
 }
 
@@ -480,7 +533,7 @@ void bild_forward(const Stack *stack, const State *state, const Call *call) {
         here.threads = omp_get_num_threads();
         if (omp_get_thread_num() == 0) team = here.threads;
         float *mine = own + omp_get_thread_num() * own_size(stack, state);
-        if (here.token) embed(stack, &here);
+        enter(stack, state, &here);
         for (int64_t index = here.first; index < here.last; index++) run_layer(stack, state, &here, index, mine, work);
         if (stack->output_norm.weight) {
 #pragma omp for schedule(static)
@@ -495,10 +548,88 @@ void bild_forward(const Stack *stack, const State *state, const Call *call) {
         for (int64_t t = 0; t < team; t++) total += sums[t * n + r] * expf(tops[t * n + r] - max);
         call->log_normalizer[r] = max + logf(total);
     }
+    if (call->keep) keep_hidden(stack, state, call);
 }
 
-/* y (rows, out) = x (rows, in) W + bias. */
-void bild_linear(const Linear *l, const float *x, int64_t rows, float *y, int64_t threads) {
+/* Which tokens a draft may consist of, and where it ends. */
+typedef struct {
+    int64_t steps;         /* room for so many predictions of each sentence */
+    int64_t pad, unk, eos; /* pad is impossible */
+    double unk_penalty;    /* nats */
+    double threshold;      /* probability; a draft ends with a token that is less likely */
+    int64_t *limits;       /* (sentences): so many predictions at most */
+    int64_t *minima;       /* (sentences): the end symbol is impossible in so many first predictions */
+    int64_t *order;        /* (sentences): scratch */
+    int64_t *made;         /* (sentences), out: predictions */
+    int64_t *tokens;       /* (sentences, steps), out: the best token of each prediction */
+    float *lprobs;         /* (sentences, steps), out: its log-probability */
+} Draft;
+
+/* The next token of one sentence; whether it goes on. */
+static int64_t predicted(const Draft *draft, int64_t sentence, float *logits, float log_normalizer, int64_t out) {
+    int64_t step = draft->made[sentence]++, best = 0;
+    logits[draft->pad] = -INFINITY;
+    if (draft->unk_penalty) logits[draft->unk] -= (float)draft->unk_penalty;
+    if (step < draft->minima[sentence]) logits[draft->eos] = -INFINITY;
+    vec top = broadcast(-INFINITY);
+    for (int64_t i = 0; i < out; i += LANES) {
+        vec v = load_some(logits + i, out - i);
+        top = choose(v > top, v, top);
+    }
+    float max = vec_max(top);
+    while (best < out - 1 && logits[best] != max) best++;
+    float lprob = logits[best] - log_normalizer;
+    draft->tokens[sentence * draft->steps + step] = best;
+    draft->lprobs[sentence * draft->steps + step] = lprob;
+    return best != draft->eos && exp(lprob) >= draft->threshold && step + 1 < draft->limits[sentence];
+}
+
+/* Lets every sentence of a call write on by itself: its best token after what it reads, then the one after that, until
+ * one is unlikely, the end symbol, not a number, or as many as allowed. The last one is not read any more.
+ *
+ * The call predicts after each sentence's last token. It and the arrays it points to are used up. */
+void bild_draft(const Stack *stack, const State *state, Call *call, const Draft *draft) {
+    int64_t out = call->head->vocabulary.out;
+    for (int64_t s = 0; s < call->sentences; s++) draft->order[s] = s, draft->made[s] = 0;
+    while (call->sentences) {
+        bild_forward(stack, state, call);
+        int64_t going = 0;
+        for (int64_t s = 0; s < call->sentences; s++) {
+            int64_t sentence = draft->order[s];
+            if (!predicted(draft, sentence, call->logits + s * call->logits_stride, call->log_normalizer[s], out)) continue;
+            call->token[going] = draft->tokens[sentence * draft->steps + draft->made[sentence] - 1];
+            call->starts[going] = call->starts[s] + call->counts[s];
+            call->rows[going] = call->rows[s];
+            draft->order[going] = sentence;
+            going++;
+        }
+        for (int64_t s = 0; s < going; s++) call->counts[s] = 1, call->selected[s] = s;
+        call->sentences = call->tokens = call->predictions = going;
+    }
+}
+
+/* Keys and values of the source, for all layers, from what the encoder has made of it.
+ *
+ * both: of all layers, (layer 0 keys, layer 0 values, layer 1 keys, ...); x (sentences, width, in), each sentence from
+ * 0 on; y, scratch, (sentences * width, both->out). */
+void bild_source(const Stack *stack, const State *state, const Linear *both, const float *x, int64_t width, float *y,
+                 int64_t threads) {
+    int64_t dim = stack->dim, heads = stack->heads, head_dim = dim / heads, capacity = state->source_capacity;
+    int64_t layers = both->out / (2 * dim), rows = state->sentences * width;
 #pragma omp parallel num_threads(threads)
-    linear(l, x, l->in, rows, y, l->out, NULL, NONE, omp_get_num_threads());
+    {
+        linear(both, x, both->in, rows, y, both->out, NULL, NONE, omp_get_num_threads());
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t unit = 0; unit < layers * state->sentences * heads; unit++) {
+            int64_t head = unit % heads, sentence = unit / heads % state->sentences, layer = unit / heads / state->sentences;
+            float *keys = state->source_keys + unit * head_dim * capacity;
+            float *values = state->source_values + unit * head_dim * capacity;
+            for (int64_t t = 0; t < state->source_lengths[sentence]; t++) {
+                const float *key = y + (sentence * width + t) * both->out + layer * 2 * dim + head * head_dim;
+                for (int64_t d = 0; d < head_dim; d++) keys[d * capacity + t] = key[d];
+                memcpy(values + t * head_dim, key + dim, head_dim * sizeof(float));
+            }
+        }
+    }
 }

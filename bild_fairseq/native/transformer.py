@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from ..cached_decoder import position_table
 from .library import library
-from .structs import Arena, Call, Head, Linear, Stack, State
+from .structs import Arena, Call, Draft, Head, Linear, Stack, State
 
 _ACTIVATIONS = {"relu": 1, "gelu": 2}
 
@@ -57,6 +59,27 @@ def _activation(layer: nn.Module) -> int | None:
     return _ACTIVATIONS.get(names.get(function, getattr(function, "__name__", "")))
 
 
+@dataclass(frozen=True)
+class DraftRules:
+    """What a draft may consist of, and where it ends.
+
+    Args:
+        pad, unk, eos: symbols; a draft has no ``pad`` and ends with ``eos``.
+        threshold: probability; a draft ends with the first token that is less likely.
+        unk_penalty: nats.
+        limits: per sentence, so many predictions at most.
+        minima: per sentence, in so many first predictions ``eos`` is impossible.
+    """
+
+    pad: int
+    unk: int
+    eos: int
+    threshold: float
+    unk_penalty: float
+    limits: Sequence[int]
+    minima: Sequence[int]
+
+
 class PackedStack:
     """The weights of an encoder's or a decoder's layers, packed."""
 
@@ -98,52 +121,123 @@ class PackedStack:
     def forward(
         self,
         state: State,
-        x: Tensor,
         sentences: tuple[Sequence[int], Sequence[int], Sequence[int]],
         tokens: Sequence[int] | None,
         layers: tuple[int, int],
         head: Head | None = None,
         selected: Sequence[int] = (),
+        keep: bool = False,
+        x: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One forward pass.
+        """One pass through some layers.
 
         Args:
-            state: where keys and values are kept.
-            x: (tokens, dim) hidden states, read (unless ``tokens`` are given) and overwritten.
+            state: what has been read; room is made by the caller.
             sentences: three numbers per sentence: its row in the state, its first new position, its new tokens.
-            tokens: what to embed; None to go on from ``x``.
+            tokens: what to embed; None to go on from the state's hidden states.
             layers: the first layer to run, and the first one not to run.
             head: predicts the next tokens, if ``selected`` asks for any.
-            selected: rows of ``x`` to predict after.
+            selected: tokens of this pass to predict after.
+            keep: leave the hidden states in the state.
+            x: (tokens, dim), where the hidden states are computed, if they are of use to the caller.
 
         Returns:
             logits (selected, vocab) and their logsumexp (selected,), in buffers that the next pass overwrites.
         """
+        call = self._prepare(state, sentences, tokens, layers, head, selected, keep, x)
+        self._library.bild_forward(self._address, ctypes.addressof(state), call)
+        if not selected:
+            return self._logits[:0], self._log_normalizer[:0]
+        count = len(selected)
+        return self._logits[:count, : head.vocabulary.out], self._log_normalizer[:count]
+
+    def draft(
+        self,
+        state: State,
+        sentences: tuple[Sequence[int], Sequence[int], Sequence[int]],
+        tokens: Sequence[int],
+        layers: tuple[int, int],
+        head: Head,
+        rules: DraftRules,
+        keep: bool = False,
+    ) -> list[list[tuple[int, float]]]:
+        """Passes through some layers that each read what the one before has predicted.
+
+        Args:
+            state, sentences, tokens, layers, head, keep: as for :meth:`forward`; there is room in the state for what
+                is drafted.
+            rules: where a draft ends.
+
+        Returns:
+            for each sentence its predictions: the best token and its log-probability (nats). The last one ends the
+            draft and has not been read.
+        """
+        count, steps = len(sentences[0]), max(rules.limits)
+        integers = array("q", [*rules.limits, *rules.minima])
+        integers.frombytes(bytes(8 * count * (2 + steps)))
+        lprobs = array("f", bytes(4 * count * steps))
+        first = integers.buffer_info()[0]
+        limits, minima, order, made, words = (first + 8 * count * i for i in range(5))
+        draft = Draft(
+            steps=steps,
+            pad=rules.pad,
+            unk=rules.unk,
+            eos=rules.eos,
+            unk_penalty=rules.unk_penalty,
+            threshold=rules.threshold,
+            limits=limits,
+            minima=minima,
+            order=order,
+            made=made,
+            tokens=words,
+            lprobs=lprobs.buffer_info()[0],
+        )
+        last = [end - 1 for end in accumulate(sentences[2])]
+        call = self._prepare(state, sentences, tokens, layers, head, last, keep)
+        self._library.bild_draft(self._address, ctypes.addressof(state), call, ctypes.addressof(draft))
+        result = []
+        for row, length in enumerate(integers[3 * count : 4 * count]):
+            begin = row * steps
+            words = integers[4 * count + begin : 4 * count + begin + length]
+            result.append(list(zip(words, lprobs[begin : begin + length], strict=True)))
+        return result
+
+    def _prepare(
+        self,
+        state: State,
+        sentences: tuple[Sequence[int], Sequence[int], Sequence[int]],
+        tokens: Sequence[int] | None,
+        layers: tuple[int, int],
+        head: Head | None,
+        selected: Sequence[int],
+        keep: bool,
+        x: Tensor | None = None,
+    ) -> int:
+        """Address of a call's struct; what it points to lives until the next call."""
         rows, starts, counts = sentences
-        predictions, count = len(selected), len(rows)
+        predictions, count, total = len(selected), len(rows), sum(counts)
         integers = array("q", [*rows, *starts, *counts, *selected, *(tokens or ())])
         address = integers.buffer_info()[0]
+        x = torch.empty(total, self.dim) if x is None else x
         call = self._call
         call.sentences = count
         call.rows, call.starts, call.counts = address, address + 8 * count, address + 16 * count
         call.selected = address + 24 * count
         call.token = None if tokens is None else address + 24 * count + 8 * predictions
-        call.tokens, call.x = x.size(0), x.data_ptr()
+        call.tokens, call.x = total, x.data_ptr()
         call.first, call.last = layers
+        call.keep = keep
         call.head = ctypes.addressof(head) if predictions else None
         call.predictions = predictions
         call.threads = torch.get_num_threads()
         if predictions:
             self._reserve_logits(predictions, head.vocabulary.out)
-        state_address, call_address = ctypes.addressof(state), ctypes.addressof(call)
-        size = self._library.bild_workspace(self._address, state_address, call_address)
+        size = self._library.bild_workspace(self._address, ctypes.addressof(state), ctypes.addressof(call))
         if size > self._workspace.numel():
             self._workspace = torch.empty(2 * size)
             call.workspace = self._workspace.data_ptr()
-        self._library.bild_forward(self._address, state_address, call_address)
-        if not predictions:
-            return self._logits[:0], self._log_normalizer[:0]
-        return self._logits[:predictions, : head.vocabulary.out], self._log_normalizer[:predictions]
+        self._alive = integers, x
+        return ctypes.addressof(call)
 
     def _reserve_logits(self, predictions: int, vocabulary: int) -> None:
         stride = self.round_up(vocabulary)
@@ -153,12 +247,26 @@ class PackedStack:
             self._call.logits, self._call.logits_stride = self._logits.data_ptr(), stride
             self._call.log_normalizer = self._log_normalizer.data_ptr()
 
-    def linear(self, linear: Linear, x: Tensor) -> Tensor:
-        """A product with a packed weight: (rows, in) -> (rows, out)."""
-        y = torch.empty(x.size(0), linear.out)
-        threads = torch.get_num_threads()
-        self._library.bild_linear(ctypes.addressof(linear), x.data_ptr(), x.size(0), y.data_ptr(), threads)
-        return y
+    def set_source(self, state: State, both: Linear, x: Tensor) -> None:
+        """Fills the state's keys and values of the source.
+
+        Args:
+            state: has its ``source_`` fields set.
+            both: projects to keys and values of layer 0, keys and values of layer 1, and so on.
+            x: (batch, source, encoder dim), each sentence from 0 on.
+        """
+        batch, source, _ = x.shape
+        x = x.contiguous()
+        y = torch.empty(batch * source, both.out)
+        self._library.bild_source(
+            self._address,
+            ctypes.addressof(state),
+            ctypes.addressof(both),
+            x.data_ptr(),
+            source,
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
 
     def round_up(self, length: int) -> int:
         """The next multiple of what the kernels compute side by side."""
