@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
 from ..precision import quantize
 
+_HUGE_PAGE = 1 << 21
+_BLOCK = 4 * _HUGE_PAGE
+
 _TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
+
+
+def _huge_pages(size: int) -> Tensor:
+    """Memory for at least so many bytes, in pages of 2 MB where the system has them.
+
+    A pass streams all weights; with pages of 4 KB it waits for addresses as well.
+    """
+    size = -(-size // _HUGE_PAGE) * _HUGE_PAGE
+    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -block.data_ptr() % _HUGE_PAGE
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE, start, size)
+    return block[start : start + size]
 
 
 def _fields(integers: str = "", pointers: str = "", doubles: str = "") -> list[tuple[str, type]]:
@@ -72,18 +92,30 @@ class Draft(ctypes.Structure):
 
 
 class Arena:
-    """Keeps alive the tensors that structs point to."""
+    """Keeps alive the numbers that structs point to."""
 
     def __init__(self, panel: int, precision: str):
         self._panel = panel
         self._precision = precision
         self._tensors: list[Tensor] = []
+        self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
 
     def pointer(self, tensor: Tensor) -> int:
         """Address of a float32 tensor's numbers, row-major."""
         tensor = tensor.detach().float().contiguous()
         self._tensors.append(tensor)
         return tensor.data_ptr()
+
+    def _packed_pointer(self, weights: Tensor) -> int:
+        """Address of a copy of some weights, next to those packed before, in the order that a pass reads them in."""
+        size = weights.numel() * weights.element_size()
+        if self._used + size > self._block.numel():
+            self._block, self._used = _huge_pages(max(size, _BLOCK)), 0
+            self._tensors.append(self._block)
+        copy = self._block[self._used : self._used + size]
+        copy.copy_(weights.reshape(-1).view(torch.uint8))
+        self._used += -(-size // 64) * 64
+        return copy.data_ptr()
 
     def linear(self, *modules: nn.Linear) -> Linear:
         """One product that computes several projections of the same input side by side."""
@@ -94,7 +126,6 @@ class Arena:
         packed = values.new_zeros(panels * self._panel, width)
         packed[:out] = values
         packed = packed.view(panels, self._panel, width).transpose(1, 2).contiguous()  # (panels, in, panel)
-        self._tensors.append(packed)
         bias = None
         if modules[0].bias is not None:
             bias = self._padded(torch.cat([module.bias.detach().float() for module in modules]), panels)
@@ -102,7 +133,7 @@ class Arena:
             in_=width,
             out=out,
             type=_TYPES[self._precision],
-            weight=packed.data_ptr(),
+            weight=self._packed_pointer(packed),
             scale=None if scale is None else self._padded(scale, panels),
             bias=bias,
         )

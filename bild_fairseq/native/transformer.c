@@ -31,7 +31,7 @@
 #define WIDE 2
 #endif
 #define PANEL (2 * LANES) /* outputs that are computed together */
-#define AHEAD 24          /* inputs whose weights are fetched in advance */
+#define AHEAD 12288       /* bytes of weights that are fetched in advance */
 #define FEW 8             /* up to so many rows, every thread normalizes them all rather than wait for the others */
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -149,7 +149,7 @@ static inline __attribute__((always_inline)) void multiply_rows(int panels, int 
         for (int q = 0; q < panels; q++) {
             int64_t at = q * distance + i * stride;
             if (rows > 1) { /* with one row memory is busy anyway, and the processor's own guesses do better */
-                const char *ahead = (const char *)weight + (at + AHEAD * stride) * weight_size(type);
+                const char *ahead = (const char *)weight + at * weight_size(type) + AHEAD;
                 __builtin_prefetch(ahead);
                 if (type == FLOAT32) __builtin_prefetch(ahead + 64);
             }
