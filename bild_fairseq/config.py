@@ -72,6 +72,13 @@ class BildGenerationConfig(GenerationConfig):
             "faster on a CPU, at a small cost in quality (default: float32)"
         },
     )
+    bild_small_precision: ChoiceEnum(["same", *PRECISIONS]) = field(
+        default="same",
+        metadata={
+            "help": "weights of the small model's matrices, where they are to differ: a small model in int8 drafts "
+            "faster for a large one in float32, whose judgement stays what it is (default: same)"
+        },
+    )
     bild_stats: Optional[str] = field(
         default=None,
         metadata={"help": "JSON file for the counters of the run and of every sentence, written at its end"},
@@ -173,8 +180,13 @@ def _check_use(args: Any, generator: str) -> None:
     for name in _OWN:
         if name not in used and option(args, name) != _DEFAULTS[name]:
             raise BildError(f"{flag(name)} has no effect with --generator {generator}; add --generator bild")
-    if str(option(args, "bild_precision")) != "float32" and getattr(args, "fp16", False):
-        raise BildError("--fp16 and --bild-precision both set the weights' precision; give one of them")
+    for name in ("bild_precision", "bild_small_precision"):
+        if option(args, name) != _DEFAULTS[name] and getattr(args, "fp16", False):
+            raise BildError(f"--fp16 and {flag(name)} both set the weights' precision; give one of them")
+    if str(option(args, "bild_small_precision")) != "same" and not option(args, "bild_small_path"):
+        raise BildError(
+            "--bild-small-precision is that of the model in --bild-small-path; an exit has --bild-precision"
+        )
     if option(args, "bild_small_path") and option(args, "bild_exit_layer") is not None:
         raise BildError("--bild-small-path and --bild-exit-layer both name a small model; give one of them")
 

@@ -61,7 +61,8 @@ class BildGenerator:
         eos: end symbol; the dictionary's unless given.
         symbols_to_strip_from_output: symbols that fairseq leaves out of printed hypotheses.
         stats_path: where :meth:`finish` writes the counters.
-        precision: of the weights of all models, see :mod:`bild_fairseq.precision`.
+        precision: of the models' weights, see :mod:`bild_fairseq.precision`.
+        small_precision: of the small models' weights; None for the same.
 
     Raises:
         BildError: a decoder has an option that is not supported; the message names it.
@@ -81,6 +82,7 @@ class BildGenerator:
         symbols_to_strip_from_output: set[int] | None = None,
         stats_path: str | None = None,
         precision: str = "float32",
+        small_precision: str | None = None,
     ):
         self.policy = policy
         self.options = options or SearchOptions()
@@ -88,7 +90,7 @@ class BildGenerator:
         self.eos = tgt_dict.eos() if eos is None else eos
         self.symbols_to_strip_from_output = (symbols_to_strip_from_output or set()) | {self.eos}
         self._large = [_Member(model, "large", precision) for model in models]
-        self._small = [_Member(model, "small", precision) for model in small_models]
+        self._small = [_Member(model, "small", small_precision or precision) for model in small_models]
         self._exit_layer = exit_layer
         self._alone = alone
         self._source_lengths = source_lengths

@@ -174,6 +174,7 @@ def _build(task: FairseqTask, models: Sequence[nn.Module], args: Any, extra: dic
     if small:
         source_limit = min(task.max_positions()[0], *(model.max_positions()[0] for model in models))
         check_positions(small, source_limit)
+    small_precision = str(option(args, "bild_small_precision"))
     return BildGenerator(
         models,
         task.target_dictionary,
@@ -197,6 +198,7 @@ def _build(task: FairseqTask, models: Sequence[nn.Module], args: Any, extra: dic
         symbols_to_strip_from_output=extra.get("symbols_to_strip_from_output"),
         stats_path=option(args, "bild_stats"),
         precision=str(option(args, "bild_precision")),
+        small_precision=None if small_precision == "same" else small_precision,
     )
 
 

@@ -36,6 +36,7 @@ from common import (
     measure,
     ours,
     parse_policy,
+    parse_precision,
     percentile90,
     ratio,
     search_options,
@@ -46,7 +47,6 @@ from fairseq.tasks import FairseqTask
 from bild_fairseq.checkpoints import load_small
 from bild_fairseq.decode import Policy
 from bild_fairseq.errors import BildError
-from bild_fairseq.precision import PRECISIONS
 from bild_fairseq.stats import total
 
 
@@ -93,7 +93,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--precision",
         default="float32",
-        help="weights of this package's systems: float32, bfloat16, int8, or several of them (default: float32)",
+        help="weights of this package's systems: float32, bfloat16, int8, or two of them joined by +, for the large "
+        "model and the small one; several, joined by commas, are compared (default: float32)",
     )
     parser.add_argument(
         "--floor",
@@ -155,8 +156,7 @@ def make_systems(task: FairseqTask, large: torch.nn.Module, args: argparse.Names
     search = search_options(args)
     precisions = args.precision.split(",")
     for precision in precisions:
-        if precision not in PRECISIONS:
-            raise BildError(f"--precision {precision}: choose from {', '.join(PRECISIONS)}")
+        parse_precision(precision)
     bild_settings = args.bild or ["0.6,2"]
     lossless = Policy(args.lossless_fallback, 0.0, args.max_draft, verify_end=True)
     small = load_small([args.small], task, large) if args.small else []
@@ -169,18 +169,15 @@ def make_systems(task: FairseqTask, large: torch.nn.Module, args: argparse.Names
         return [(f"{name} ({setting})", parse_policy(setting, args.max_draft)) for setting in settings]
 
     def at_all(name: str, models: Sequence[torch.nn.Module], **kwargs: Any) -> list[System]:
-        """A system of this package at every precision."""
-        return [
-            ours(
-                name if precision == "float32" else f"{name} {precision}",
-                models,
-                task,
-                search,
-                precision=precision,
-                **kwargs,
-            )
-            for precision in precisions
-        ]
+        """A system of this package at every precision that it can have."""
+        made = []
+        for text in precisions:
+            precision, small_precision = parse_precision(text)
+            if precision == small_precision or "small_models" in kwargs:
+                title = name if text == "float32" else f"{name} {text}"
+                both = {"precision": precision, "small_precision": small_precision}
+                made.append(ours(title, models, task, search, **both, **kwargs))
+        return made
 
     makers: dict[str, Callable[[], list[System]]] = {
         "fairseq": lambda: [System("fairseq --beam 1", stock([large], task, 1, search))],

@@ -259,7 +259,16 @@ class Method:
     def _generator(
         self, models: Sequence[torch.nn.Module], task: FairseqTask, search: SearchOptions, **kwargs: Any
     ) -> BildGenerator:
-        return BildGenerator(models, task.target_dictionary, Policy(), search, precision=self.precision, **kwargs)
+        precision, small_precision = parse_precision(self.precision)
+        return BildGenerator(
+            models,
+            task.target_dictionary,
+            Policy(),
+            search,
+            precision=precision,
+            small_precision=small_precision,
+            **kwargs,
+        )
 
     def flags(self) -> str:
         """What selects it in fairseq-generate."""
@@ -268,7 +277,12 @@ class Method:
             flags += f" --bild-small-path {self.small_path}"
         else:
             flags += f" --bild-exit-layer {self.exit_layer}"
-        return flags if self.precision == "float32" else f"{flags} --bild-precision {self.precision}"
+        precision, small_precision = parse_precision(self.precision)
+        if precision != "float32":
+            flags += f" --bild-precision {precision}"
+        if small_precision != precision:
+            flags += f" --bild-small-precision {small_precision}"
+        return flags
 
 
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
@@ -288,8 +302,27 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         help="an early-exit model that drafts from its exit (default layer: the lowest); repeat for several",
     )
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="float32", help="of all models' weights (default: float32)"
+        "--precision",
+        default="float32",
+        help=f"of the models' weights: {', '.join(PRECISIONS)}, or two joined by + for the large model and the small "
+        "one (default: float32)",
     )
+
+
+def parse_precision(text: str) -> tuple[str, str]:
+    """The large model's precision and the small one's.
+
+    Args:
+        text: as on the command line: one for both, or LARGE+SMALL.
+
+    Raises:
+        BildError: not one of :data:`PRECISIONS`.
+    """
+    precision, plus, small_precision = text.partition("+")
+    for one in (precision, small_precision) if plus else (precision,):
+        if one not in PRECISIONS:
+            raise BildError(f"--precision {text}: choose from {', '.join(PRECISIONS)}, or two joined by +")
+    return precision, small_precision or precision
 
 
 def load_methods(task: FairseqTask, large: torch.nn.Module, args: argparse.Namespace) -> list[Method]:
@@ -298,6 +331,11 @@ def load_methods(task: FairseqTask, large: torch.nn.Module, args: argparse.Names
     Raises:
         BildError: none is named, a name is used twice, a model does not fit or cannot read the sources.
     """
+    precision, small_precision = parse_precision(args.precision)
+    if args.early_exit and small_precision != precision:
+        raise BildError(
+            f"--precision {args.precision}: an exit has the large model's precision; leave +{small_precision} out"
+        )
     if args.fp16 and args.precision != "float32":
         raise BildError("--fp16 and --precision both set the weights' precision; give one of them")
     methods = []

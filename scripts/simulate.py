@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import Method, search_options
+from common import Method, parse_precision, search_options
 from fairseq import utils
 from fairseq.tasks import FairseqTask
 from torch import Tensor
@@ -128,9 +128,9 @@ class Recorder:
         self._dataset = task.dataset(args.subset)
         # The models that the generators decode with, as fairseq's own.
         self._exit_layer = method.exit_layer
-        self._large, *self._small = (
-            model if method.precision == "float32" else rounded_copy(model, method.precision) for model in models
-        )
+        precision, small_precision = parse_precision(method.precision)
+        self._large = rounded_copy(method.large, precision)
+        self._small = [rounded_copy(model, small_precision) for model in method.small]
         self._dictionary = task.target_dictionary
         self._search = search_options(args)
         self._cuda = args.cuda

@@ -222,6 +222,15 @@ def test_rounded_weights(corpus, stock, precision):  # noqa: F811
     assert lossless.fields("H") != stock.fields("H"), "nothing was rounded"
 
 
+def test_a_rounded_small_model_drafts_for_a_large_one_in_float32(corpus, stock):  # noqa: F811
+    """The large model's judgement is exact; only what it is offered differs."""
+    options = ["--batch-size", 8, "--bild-small-precision", "int8"]
+    lossless = corpus.generate(*corpus.lossless(), *options)
+    assert_same_hypotheses(lossless, stock)
+    drafted = [corpus.generate(*corpus.bild(*more)).fields("P") for more in (options, options[:2])]
+    assert drafted[0] != drafted[1], "nothing was rounded"
+
+
 def test_ensembles(corpus, tmp_path):  # noqa: F811
     """Of large models: stock fairseq's ensemble. Of small models: drafts other than one member's."""
     path = ["--path", joined([corpus.large, corpus.large_halfway]), "--batch-size", 8]

@@ -73,6 +73,7 @@ FOR_BILD_ALONE = {
     "bild_max_draft": 3,
     "bild_start": "small",
     "bild_verify_end": True,
+    "bild_small_precision": "int8",
 }
 
 
@@ -81,6 +82,17 @@ FOR_BILD_ALONE = {
 def test_flags_of_another_generator(name, generator):
     message = message_of(check, config(generator=generator, **{name: FOR_BILD_ALONE[name]}))
     assert "--" + name.replace("_", "-") in message and "--generator bild" in message
+
+
+@pytest.mark.parametrize("name", ["bild_precision", "bild_small_precision"])
+def test_half_precision_and_rounded_weights(name):
+    chosen = config(bild_small_path=__file__, **{name: "int8"})
+    check(chosen)
+    assert "--fp16" in message_of(check, Namespace(**vars(chosen), fp16=True))
+
+
+def test_an_exit_has_no_precision_of_its_own():
+    assert "--bild-small-precision" in message_of(check, config(bild_small_precision="int8"))
 
 
 @pytest.mark.parametrize("chosen", [{"bild_exit_layer": 1}, {"bild_stats": "stats.json"}])

@@ -147,7 +147,8 @@ def test_flags_reach_the_generation_config(corpus):  # noqa: F811
         "bild_start": "small",
         "bild_verify_end": True,
         "bild_stats": "stats.json",
-        "bild_precision": "int8",
+        "bild_precision": "bfloat16",
+        "bild_small_precision": "int8",
     }
     flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     flags.remove(True)  # a switch has no value
@@ -164,6 +165,7 @@ def test_flags_reach_the_generation_config(corpus):  # noqa: F811
         "bild_verify_end": False,
         "bild_stats": None,
         "bild_precision": "float32",
+        "bild_small_precision": "same",
     }
 
 

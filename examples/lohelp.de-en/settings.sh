@@ -64,7 +64,7 @@ early_exit=(
 average=2
 
 # scripts/align.py, and fairseq-train behind its --.
-align=(--epochs 10 --half)
+align=(--distill 0.5 --distill-top 32 --epochs 8 --lr 2e-3 --max-tokens 2000 --half)
 align_train=()
 
 # How text is generated: limits as fairseq-generate has them.
