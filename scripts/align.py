@@ -24,12 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common import (
     Scorer,
+    System,
     add_score_arguments,
     add_search_arguments,
     file_digest,
@@ -43,7 +45,7 @@ from common import (
 )
 from fairseq import options, tasks, utils
 from fairseq.checkpoint_utils import load_checkpoint_to_cpu
-from fairseq.data import Dictionary, FairseqDataset, indexed_dataset
+from fairseq.data import FairseqDataset, indexed_dataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.tasks import FairseqTask
@@ -113,9 +115,9 @@ def _parser() -> argparse.ArgumentParser:
         "--part",
         type=int,
         default=5000,
-        help="sentences of each run of fairseq-generate; an interruption costs one at most (default: 5000)",
+        help="sentences that are written in one go; an interruption costs so many at most (default: 5000)",
     )
-    calibration.add_argument("--generate-tokens", type=int, default=8000, help="its tokens a batch (default: 8000)")
+    calibration.add_argument("--generate-tokens", type=int, default=8000, help="tokens a batch (default: 8000)")
     add_search_arguments(calibration)
 
     training = parser.add_argument_group("training")
@@ -212,6 +214,7 @@ class Alignment:
         self.calibration = args.work / "calibration"
         self.training = args.work / "training"
         self.data = self.calibration / "data-bin"
+        self._writer: System | None = None
         try:
             large = load_model(str(args.large), self.task, args)
         except RuntimeError as error:
@@ -265,6 +268,7 @@ class Alignment:
             write_tokens(self.file(making, subset, self.target), [target for _, target in kept])
             say(f"calibration set, {subset}: {len(kept)} sentences, {len(rows) - len(kept)} without an end left out")
         os.replace(making, self.data)
+        self._writer = None  # training needs the memory
 
     def translate(self, subset: str, count: int | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Sources, and what the large model makes of them; parts that are done are read back."""
@@ -276,13 +280,13 @@ class Alignment:
         rows = []
         for number, part in enumerate(parts):
             name = f"{subset}-{number:05d}"
-            sources = [dataset.src[i] for i in part]
             path = self.calibration / "parts" / f"{name}.json"
             if not path.exists():
                 say(f"the large model writes {subset}, part {number + 1} of {len(parts)}")
-                self._translate_part(path, name, sources)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._translate_part(path, subset, part)
             targets = json.loads(path.read_text(encoding="utf-8"))
-            rows += zip(sources, map(torch.tensor, targets), strict=True)
+            rows += zip([dataset.src[i] for i in part], map(torch.tensor, targets), strict=True)
         return rows
 
     def train(self) -> None:
@@ -428,30 +432,19 @@ class Alignment:
         for language in (self.source, self.target):
             shutil.copy(self.args.data / f"dict.{language}.txt", folder)
 
-    def _translate_part(self, path: Path, name: str, sources: Sequence[torch.Tensor]) -> None:
-        """Has fairseq-generate write the outputs for some sources: a JSON list of token numbers for each."""
-        args = self.args
-        folder = path.parent / "data-bin"
-        self._make_folder(folder)
-        write_tokens(self.file(folder, name, self.source), sources)
-        command = program(
-            "generate",
-            *(folder, "--gen-subset", name, "-s", self.source, "-t", self.target, "--path", args.large),
-            *("--max-source-positions", self.limits.source, "--generator", "greedy"),
-            *("--max-len-a", args.max_len_a, "--max-len-b", args.max_len_b, "--min-len", args.min_len),
-            *("--no-repeat-ngram-size", args.no_repeat_ngram_size, "--max-tokens", args.generate_tokens),
-            *("--no-progress-bar", *["--cpu"] * args.cpu),
-        )
-        log = path.with_suffix(".log")
-        with open(log, "w", encoding="utf-8") as errors:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8")
-        if done.returncode:
-            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-            raise BildError(f"the large model could not translate: {lines[-1] if lines else 'no message'}; see {log}")
-        outputs = parse_translations(done.stdout, self.task.target_dictionary)
-        if sorted(outputs) != list(range(len(sources))):
-            raise BildError(f"fairseq-generate returned {len(outputs)} of {len(sources)} sentences; see {log}")
-        write_atomically(path, json.dumps([outputs[i] for i in range(len(sources))]))
+    def _translate_part(self, path: Path, subset: str, ids: Sequence[int]) -> None:
+        """Has the large model write its outputs for some sources: a JSON list of token numbers for each."""
+        args, dataset = self.args, self.task.dataset(subset)
+        if self._writer is None:
+            large = load_model(str(args.large), self.task, args)
+            self._writer = ours("greedy", [large], self.task, search_options(args), alone=True)
+        by_size = numpy.array(sorted(ids, key=lambda i: dataset.src_sizes[i]))
+        outputs: dict[int, list[int]] = {}
+        for group in dataset.batch_by_size(by_size, max_tokens=args.generate_tokens, required_batch_size_multiple=1):
+            batch = dataset.collater([dataset[i] for i in group])
+            batch = utils.move_to_cuda(batch) if args.cuda else batch
+            outputs |= zip(batch["id"].tolist(), self._writer.run(batch), strict=True)
+        write_atomically(path, json.dumps([outputs[i] for i in ids]))
 
     def _best_checkpoint(self) -> Path:
         best = self.training / "checkpoint_best.pt"
@@ -515,31 +508,6 @@ def write_tokens(prefix: Path, rows: Sequence[torch.Tensor]) -> None:
     for row in rows:
         builder.add_item(row)
     builder.finalize(f"{prefix}.idx")
-
-
-def parse_translations(text: str, dictionary: Dictionary) -> dict[int, list[int]]:
-    """What fairseq-generate printed as sentence number -> tokens, end symbol included.
-
-    A word of the dictionary stands for one token, ``<unk>`` too, so that nothing is lost between the two.
-
-    Raises:
-        BildError: a line has not as many words as tokens were generated.
-    """
-    outputs: dict[int, list[int]] = {}
-    for line in text.split("\n"):
-        kind, _, rest = line.partition("-")
-        if kind == "H":
-            number, _, words = rest.split("\t")
-            outputs[int(number)] = [*map(dictionary.index, filter(None, words.split(" "))), dictionary.eos()]
-        elif kind == "P":
-            number, scores = rest.split("\t")
-            words, generated = len(outputs[int(number)]), len(scores.split())
-            if words != generated:
-                raise BildError(
-                    f"output {number} of the large model has {generated} tokens but {words} in print: its dictionary "
-                    "has words that fairseq does not print"
-                )
-    return outputs
 
 
 def model_flags(config: argparse.Namespace) -> list[str]:
