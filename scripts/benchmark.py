@@ -38,9 +38,11 @@ from common import (
     parse_policy,
     parse_precision,
     percentile90,
+    quiet,
     ratio,
     search_options,
     stock,
+    write_atomically,
 )
 from fairseq.tasks import FairseqTask
 
@@ -180,8 +182,8 @@ def make_systems(task: FairseqTask, large: torch.nn.Module, args: argparse.Names
         return made
 
     makers: dict[str, Callable[[], list[System]]] = {
-        "fairseq": lambda: [System("fairseq --beam 1", stock([large], task, 1, search))],
-        "fairseq-beam5": lambda: [System("fairseq --beam 5", stock([large], task, 5, search))],
+        "fairseq": lambda: [stock([large], task, 1, search)],
+        "fairseq-beam5": lambda: [stock([large], task, 5, search)],
         "greedy": lambda: at_all("greedy", [large], alone=True),
     }
     if small:
@@ -243,6 +245,8 @@ def report(
         if "greedy" in by_name:
             greedy = by_name["greedy"].outputs
             row["differ_from_greedy"] = sum(system.outputs[i] != greedy[i] for i in greedy)
+        if system.encoding:
+            row["encoding_ms_per_sentence"] = 1000 * sum(system.encoding) / sum(sizes)
         if system.floor:
             row["wall_over_floor"] = sum(system.seconds) / sum(system.floor)
         row |= total(system.counters).as_dict() if system.counters else {}
@@ -261,6 +265,7 @@ def print_table(rows: Sequence[dict[str, Any]], metric: str, metric_name: str) -
         "ms/sentence": lambda r: f"{r['ms_per_sentence_median']:.1f}",
         "p90": lambda r: f"{r['ms_per_sentence_p90']:.1f}",
         "ms/token": lambda r: f"{r['ms_per_token']:.2f}",
+        "encoding": lambda r: f"{r['encoding_ms_per_sentence']:.1f}" if "encoding_ms_per_sentence" in r else "-",
         "x fairseq": lambda r: speedup(r, "fairseq --beam 1"),
         "x greedy": lambda r: speedup(r, "greedy"),
         "x ct2 float32": lambda r: speedup(r, "ctranslate2-float32"),
@@ -298,6 +303,7 @@ def plot(systems: Sequence[System], batches: Sequence[dict[str, Any]], path: str
 
 
 def main() -> None:
+    quiet()
     args = parse_args()
     torch.set_num_threads(args.threads)
     task, large = load(args)
@@ -305,18 +311,12 @@ def main() -> None:
     batches = make_batches(task, args, args.batch_size)
     scorer = Scorer(task, args, [i for batch in batches for i in batch["id"].tolist()])
 
-    @torch.no_grad()
-    def encoder(batch: dict[str, Any]) -> Any:
-        return large.encoder.forward_torchscript(
-            {k: v for k, v in batch["net_input"].items() if k != "prev_output_tokens"}
-        )
-
     def progress(done: int) -> None:
         if sys.stderr.isatty():
             print(f"\r{done} of {len(batches)} batches", end="\n" * (done == len(batches)), file=sys.stderr, flush=True)
 
-    encoding = measure(
-        systems, batches, args, warmup=args.warmup, turn=args.turn, encoder=encoder, floor=args.floor, progress=progress
+    measure(
+        systems, batches, args, warmup=args.warmup, turn=args.turn, encoding=True, floor=args.floor, progress=progress
     )
     rows = report(systems, [scorer.score(system.outputs) for system in systems], args.metric, batches)
     device = torch.cuda.get_device_name() if args.cuda else f"CPU, {args.threads} threads"
@@ -324,14 +324,13 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
     print(
         f"{sentences} sentences, batch size {args.batch_size}, {device}, {'float16' if args.fp16 else 'float32'}; "
-        f"large encoder {1000 * sum(encoding) / sentences:.2f} ms a sentence (included below); "
         f"peak memory {peak / 1024:.0f} MB (all systems); {scorer.name} {scorer.signature}"
     )
     print_table(rows, args.metric, scorer.name)
     if args.json:
-        Path(args.json).write_text(
-            json.dumps({"arguments": vars(args), "device": device, "peak_memory_kib": peak, "rows": rows}, indent=1)
-        )
+        figures = {"arguments": vars(args), "device": device, "peak_memory_kib": peak}
+        figures |= {"signature": scorer.signature, "rows": rows}
+        write_atomically(args.json, json.dumps(figures, indent=1) + "\n")
     if args.plot:
         plot(systems, batches, args.plot)
 

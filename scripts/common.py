@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,11 @@ class System:
     run: Run  # fairseq batch -> token numbers per sentence, end symbol included
     generator: BildGenerator | None = None
     seconds: list[float] = field(default_factory=list)  # per batch
+    encoding: list[float] = field(default_factory=list)  # per batch: its encoders alone, if asked for
     floor: list[float] = field(default_factory=list)  # per batch: its bare forward passes, if asked for
     outputs: dict[int, list[int]] = field(default_factory=dict)  # by sentence
     counters: list[Counters] = field(default_factory=list)
+    encode: Callable[[dict[str, Any]], Any] | None = None  # runs the encoders alone
     clock: Callable[[], float] | None = None  # seconds of the last run, for a system that measures itself
     rest: float = 0.0  # seconds to wait after its turn, for threads that keep a core busy for a while
 
@@ -154,7 +157,7 @@ def make_batches(task: FairseqTask, args: argparse.Namespace, batch_size: int) -
     return [utils.move_to_cuda(batch) for batch in batches] if args.cuda else batches
 
 
-def stock(models: Sequence[torch.nn.Module], task: FairseqTask, beam: int, search: SearchOptions) -> Run:
+def stock(models: Sequence[torch.nn.Module], task: FairseqTask, beam: int, search: SearchOptions) -> System:
     """fairseq's own generator."""
     generator = SequenceGenerator(
         models,
@@ -165,7 +168,16 @@ def stock(models: Sequence[torch.nn.Module], task: FairseqTask, beam: int, searc
         min_len=search.min_len,
         no_repeat_ngram_size=search.no_repeat_ngram_size,
     )
-    return lambda batch: [hypos[0]["tokens"].tolist() for hypos in generator.generate(models, batch)]
+
+    def run(batch: dict[str, Any]) -> list[list[int]]:
+        return [hypos[0]["tokens"].tolist() for hypos in generator.generate(models, batch)]
+
+    @torch.no_grad()
+    def encode(batch: dict[str, Any]) -> Any:
+        net_input = {name: value for name, value in batch["net_input"].items() if name != "prev_output_tokens"}
+        return [model.encoder.forward_torchscript(net_input) for model in models]
+
+    return System(f"fairseq --beam {beam}", run, encode=encode)
 
 
 def ours(
@@ -186,7 +198,7 @@ def system_of(name: str, generator: BildGenerator, policy: Policy | None = None)
         system.counters += [hypos[0]["counters"] for hypos in hypotheses]
         return [hypos[0]["tokens"].tolist() for hypos in hypotheses]
 
-    system = System(name, run, generator)
+    system = System(name, run, generator, encode=lambda batch: replay(generator, batch, []))
     return system
 
 
@@ -406,10 +418,10 @@ def measure(
     *,
     warmup: int,
     turn: int = 1,
-    encoder: Run | None = None,
+    encoding: bool = False,
     floor: bool = False,
     progress: Callable[[int], None] = lambda done: None,
-) -> list[float]:
+) -> None:
     """Runs all systems over all batches in turns; a run that took very long is repeated, and the shorter time counts.
 
     Args:
@@ -418,30 +430,25 @@ def measure(
         args: ``cuda`` is read.
         warmup: batches that are run first and not counted.
         turn: batches that a system runs before the next one's turn.
-        encoder: timed along with the systems.
+        encoding: also time the encoders alone.
         floor: also time the bare forward passes of each run.
         progress: called with the number of batches done.
-
-    Returns:
-        the encoder's seconds per batch; empty without one.
     """
     for batch in batches[:warmup]:
         for system in systems:
             system.run(batch)
     for system in systems:
         system.counters.clear()
-    encoding = []
     for number, begin in enumerate(range(0, len(batches), turn)):
         block = batches[begin : begin + turn]
-        if encoder is not None:
-            encoding += [timed(args, lambda batch=batch: encoder(batch))[1] for batch in block]
         first = number % len(systems)
         for system in [*systems[first:], *systems[:first]]:
             for batch in block:
                 _run(system, batch, args, floor)
+            if encoding and system.encode:
+                system.encoding += [timed(args, partial(system.encode, batch))[1] for batch in block]
             time.sleep(system.rest)
         progress(begin + len(block))
-    return encoding
 
 
 def _run(system: System, batch: dict[str, Any], args: argparse.Namespace, floor: bool) -> None:

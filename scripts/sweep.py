@@ -226,7 +226,7 @@ def systems_of(
         if setting.kind == "greedy":
             system = greedy
         elif setting.kind == "fairseq --beam 1":
-            system = System(setting.kind, stock([method.large], task, 1, search))
+            system = stock([method.large], task, 1, search)
         elif setting.kind == "small alone":
             system = system_of(setting.kind, method.small_alone(task, search))
         else:
