@@ -129,6 +129,27 @@ class DecoderState:
             mask=_additive(hidden, dtype)[:, None],
         )
 
+    def fixed_span(self, positions: Tensor) -> Span:
+        """A pass of all rows over every key that there is room for, so that no shape depends on how far they are.
+
+        Args:
+            positions: (batch, new) of the new tokens, below :attr:`length`.
+        """
+        device = positions.device
+        hidden = torch.arange(self.length, device=device) > positions[:, :, None]  # (batch, new, length)
+        return Span(
+            *positions.shape,
+            self.length,
+            whole=True,
+            rows=torch.arange(self.batch, device=device)[:, None],
+            positions=positions,
+            mask=_additive(hidden, self._like.dtype)[:, None],
+        )
+
+    def clear(self) -> None:
+        """Forgets the keys and values of all tokens, should one of them not be a number."""
+        torch._foreach_zero_(self.self_kv)
+
     def extend_self(self, layer: int, kv: Tensor, span: Span) -> Tensor:
         """Writes the new tokens' keys and values; returns all that the span's queries may look at.
 
@@ -289,16 +310,26 @@ class CachedDecoder:
             padding_mask: (batch, source), true at padding; None if there is none.
             batch: number of sentences.
         """
-        layer = self._layers[0]
-        length = 32 if encoder_out is None else 32 + 2 * encoder_out.size(0)
-        state = DecoderState(self.depth, layer.heads, layer.head_dim, self._like, batch, length)
-        if not layer.has_cross:
-            return state
-        mask = None
-        if padding_mask is not None and padding_mask.any():
-            mask = _additive(padding_mask, self._like.dtype)[:, None, None]
-        state.source = self._source.start(encoder_out, mask)
+        state = self.new_state(batch, 32 if encoder_out is None else 32 + 2 * encoder_out.size(0))
+        if self.attends_to_source:
+            padded = padding_mask is not None and padding_mask.any()
+            state.source = self.project_source(encoder_out, padding_mask if padded else None)
         return state
+
+    @property
+    def attends_to_source(self) -> bool:
+        """Whether it has encoder-decoder attention."""
+        return self._layers[0].has_cross
+
+    def new_state(self, batch: int, length: int) -> DecoderState:
+        """A state without a source, with room for some positions."""
+        layer = self._layers[0]
+        return DecoderState(self.depth, layer.heads, layer.head_dim, self._like, batch, length)
+
+    def project_source(self, encoder_out: Tensor, padding_mask: Tensor | None, absorb: bool = True) -> SourceAttention:
+        """Keys and values of the source; see :meth:`SourceProjections.start`."""
+        mask = None if padding_mask is None else _additive(padding_mask, self._like.dtype)[:, None, None]
+        return self._source.start(encoder_out, mask, absorb)
 
     def read(
         self,
@@ -326,17 +357,33 @@ class CachedDecoder:
             for each selected token, in order, the next one's float32 logits (predictions, vocab) and their logsumexp
             (predictions,); None if none was selected.
         """
-        first, last = layers
         counts = [len(tokens) for tokens in unread]
         span = state.span(rows, starts, max(counts))
-        x = state.hidden(span) if first else self._embed(_pad(unread, span.new, self.device), span)
-        for index in range(first, last):
+        tokens = None if layers[0] else torch.tensor(pad(unread, span.new), device=self.device)
+        x = self.run(state, span, tokens, layers, keep)
+        if select == "none":
+            return None
+        return self.predict(_select(x, counts, span.new, select == "last"), layers[1])
+
+    def run(
+        self, state: DecoderState, span: Span, tokens: Tensor | None, layers: tuple[int, int], keep: bool
+    ) -> Tensor:
+        """Some layers over a span: tokens (batch, new) to hidden states (batch * new, dim).
+
+        Args:
+            tokens: None to go on from hidden states that an earlier pass kept.
+            state, layers, keep: as for :meth:`read`.
+        """
+        x = state.hidden(span) if tokens is None else self._embed(tokens, span)
+        for index in range(*layers):
             x = self._layers[index](index, x, state, span)
         if keep:
             state.keep_hidden(x, span)
-        if select == "none":
-            return None
-        logits = self._heads[last](_select(x, counts, span.new, select == "last")).float()
+        return x
+
+    def predict(self, x: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+        """float32 logits (rows, vocab) and their logsumexp (rows,) from hidden states (rows, dim) after a layer."""
+        logits = self._heads[depth](x).float()
         return logits, torch.logsumexp(logits, dim=-1)
 
     def _embed(self, tokens: Tensor, span: Span) -> Tensor:
@@ -345,22 +392,21 @@ class CachedDecoder:
         if self._project_in is not None:
             x = self._project_in(x.flatten(0, 1)).view(span.batch, span.new, -1)
         if self._embed_positions is not None:
-            table = self._positions(span.end)
+            table = self.positions(span.end)
             x = x + (table[span.positions] if span.start is None else table[span.start : span.end])
         x = x.view(span.batch * span.new, -1)
         return x if self._embed_norm is None else self._embed_norm(x)
 
-    def _positions(self, length: int) -> Tensor:
+    def positions(self, length: int) -> Tensor:
         """(at least length, dim) position embeddings; row i belongs to the i-th token of the decoder's input."""
         if length > self._position_table.size(0):
             self._position_table = position_table(self._embed_positions, max(length, 256)).to(self._like)
         return self._position_table
 
 
-def _pad(unread: Sequence[Sequence[int]], new: int, device: torch.device) -> Tensor:
+def pad(unread: Sequence[Sequence[int]], new: int) -> list[list[int]]:
     """Tokens of sentences, padded on the right with each one's last: (sentences, new)."""
-    padded = [[*tokens, *([tokens[-1]] * (new - len(tokens)))] for tokens in unread]
-    return torch.tensor(padded, device=device)
+    return [[*tokens, *([tokens[-1]] * (new - len(tokens)))] for tokens in unread]
 
 
 def _select(x: Tensor, counts: Sequence[int], new: int, last_only: bool) -> Tensor:

@@ -18,6 +18,7 @@ from .cached_decoder import CachedDecoder, unsupported_option
 from .constraints import Constraints
 from .decode import Policy, Sentence, decode
 from .errors import BildError
+from .graphs import GraphedDecoder
 from .lean_encoder import LeanEncoder, is_stock
 from .native import NativeDecoder, NativeEncoder, missing_option
 from .precision import rounded_copy
@@ -261,6 +262,8 @@ class _Member:
         else:
             logger.info("the %s decoder runs on PyTorch's operators: %s", role, missing)
             self.decoder = CachedDecoder(rounded_copy(model.decoder, precision))
+            if self.decoder.device.type == "cuda" and self.decoder.attends_to_source:
+                self.decoder = GraphedDecoder(self.decoder)
         self._encoder = None
         if is_stock(model.encoder):
             if missing_option(model.encoder) is None:

@@ -20,7 +20,7 @@ from .native import DraftRules, NativeDecoder
 
 
 class Decoder(Protocol):
-    """A decoder that reads several tokens at once: ``CachedDecoder`` or ``NativeDecoder``."""
+    """A decoder that reads several tokens at once: ``CachedDecoder``, ``GraphedDecoder`` or ``NativeDecoder``."""
 
     depth: int
 

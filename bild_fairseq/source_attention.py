@@ -60,21 +60,22 @@ class SourceProjections:
         self._out_weight = out_weight.reshape(*by_head, self.dim)
         self._out_bias = torch.stack([a.out_proj.bias for a in attentions]).detach()
 
-    def start(self, encoder_out: Tensor, mask: Tensor | None) -> SourceAttention:
+    def start(self, encoder_out: Tensor, mask: Tensor | None, absorb: bool = True) -> SourceAttention:
         """Projects a batch of sources.
 
         Args:
             encoder_out: (source, batch, encoder dim).
             mask: (batch, 1, 1, source), added to the scores; None if no source is padded.
+            absorb: absorb query and output projections where that reads less; else :class:`Projected`.
         """
         source, batch, _ = encoder_out.shape
         kv = self._key_value(encoder_out.reshape(source * batch, -1))
         kv = kv.view(source, batch, self.layers, 2, self.heads, self.head_dim)
         keys, values = kv.permute(3, 2, 1, 4, 0, 5)  # each (layers, batch, heads, source, head_dim)
         # Half-precision products of products lose too much; large sources weigh more than the weights they replace.
-        if encoder_out.dtype is torch.float32 and batch * self.heads * source <= 2 * self.dim:
+        if absorb and encoder_out.dtype is torch.float32 and batch * self.heads * source <= 2 * self.dim:
             return self._absorb(keys, values, mask)
-        return _Projected(self, keys.contiguous(), values.contiguous(), mask)
+        return Projected(self, keys.contiguous(), values.contiguous(), mask)
 
     def _absorb(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> SourceAttention:
         layers, batch, heads, source, _ = keys.shape
@@ -89,17 +90,17 @@ class SourceProjections:
         return _Absorbed(heads, keys.transpose(2, 3), bias.reshape(layers, batch, 1, heads * source), values)
 
 
-class _Projected:
+class Projected:
     """Attention with the layer's own query and output projections."""
 
     def __init__(self, projections: SourceProjections, keys: Tensor, values: Tensor, mask: Tensor | None):
         self._projections = projections
-        self._keys = keys
-        self._values = values
-        self._mask = mask
+        self.keys = keys  # (layers, batch, heads, source, head_dim)
+        self.values = values
+        self.mask = mask  # (batch, 1, 1, source) or None
 
     def __call__(self, layer: int, x: Tensor, new: int, rows: Tensor | None) -> Tensor:
-        keys, values, mask = self._keys[layer], self._values[layer], self._mask
+        keys, values, mask = self.keys[layer], self.values[layer], self.mask
         if rows is not None:
             keys, values, mask = keys[rows], values[rows], None if mask is None else mask[rows]
         projections = self._projections

@@ -1,4 +1,4 @@
-"""The cached decoders, PyTorch's and the native one, against the full forward pass of the stock decoder."""
+"""The cached decoders (PyTorch, fixed shapes, native) against the full forward pass of the stock decoder."""
 
 import random
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bild_fairseq import linear
 from bild_fairseq.cached_decoder import CachedDecoder, DecoderState, UnsupportedDecoder
 from bild_fairseq.errors import BildError
+from bild_fairseq.graphs import GraphedDecoder, GraphedState
 from bild_fairseq.native import NativeDecoder, missing_option
 from bild_fairseq.native.decoder import NativeDecoderState
 from bild_fairseq.native.library import library
@@ -62,16 +63,25 @@ ARCHITECTURES = {
     "BART": {"arch": "bart_base"},
     "mBART": {"arch": "mbart_base"},
 }
+
+
+def graphed(decoder: nn.Module) -> GraphedDecoder:
+    """The passes that become CUDA graphs, operator by operator."""
+    return GraphedDecoder(CachedDecoder(decoder), capture=False)
+
+
 # What the kernels leave to PyTorch's operators.
 NOT_NATIVE = {
     *("output dimension", "shared output projection of a narrower output", "input dimension"),
     *("gelu_accurate", "tanh", "linear", "no cross-attention"),
     *("scale_attn", "scale_fc", "scale_heads", "scale_resids", "NormFormer, pre-norm", "NormFormer, post-norm"),
 }
-KINDS = {"torch": CachedDecoder} | ({"native": NativeDecoder} if library() else {})
-CASES = [(kind, name) for kind in KINDS for name in ARCHITECTURES if kind == "torch" or name not in NOT_NATIVE]
+KINDS = {"torch": CachedDecoder, "graphed": graphed} | ({"native": NativeDecoder} if library() else {})
+LACKS = {"torch": set(), "graphed": {"no cross-attention"}, "native": NOT_NATIVE}
+CASES = [(kind, name) for kind in KINDS for name in ARCHITECTURES if name not in LACKS[kind]]
 needs_kernels = pytest.mark.skipif(library() is None, reason="no C compiler here")
-State = DecoderState | NativeDecoderState
+Decoder = CachedDecoder | GraphedDecoder | NativeDecoder
+State = DecoderState | GraphedState | NativeDecoderState
 # Few source positions, or many: the decoder attends to them in two different ways.
 SOURCES = {"short": (3, 1, 2), "long": (9, 2, 6)}
 
@@ -97,7 +107,7 @@ def encode(made: nn.Module, lengths: Sequence[int]) -> dict:
     return made.encoder(**sample([source(range(length - 1)) for length in lengths])["net_input"])
 
 
-def start(cached: CachedDecoder | NativeDecoder, encoded: dict, batch: int) -> State:
+def start(cached: Decoder, encoded: dict, batch: int) -> State:
     masks = encoded["encoder_padding_mask"]
     return cached.start(encoded["encoder_out"][0], masks[0] if masks else None, batch)
 
@@ -111,9 +121,7 @@ def full(made: nn.Module, encoded: dict, tokens: Sequence[Sequence[int]]) -> lis
     return [row[: len(one)] for row, one in zip(logits, tokens, strict=True)]
 
 
-def read(
-    cached: CachedDecoder | NativeDecoder, state: State, rows: list[int], starts: list[int], chunks: list[list[int]]
-) -> list[Tensor]:
+def read(cached: Decoder, state: State, rows: list[int], starts: list[int], chunks: list[list[int]]) -> list[Tensor]:
     """Logits after each token of the chunks, which may differ in length, read from each row's own offset."""
     logits, normalizers = cached.read(state, chunks, rows, starts, (0, cached.depth), "all")
     assert_close(normalizers, logits.logsumexp(dim=1))
@@ -126,9 +134,7 @@ def sentences(lengths: Sequence[int], rng: random.Random) -> list[list[int]]:
     return [[symbols().eos()] + rng.choices(kinds, k=length - 1) for length in lengths]
 
 
-def read_at_random(
-    cached: CachedDecoder | NativeDecoder, state: State, wanted: list[list[int]], rng: random.Random
-) -> list[Tensor]:
+def read_at_random(cached: Decoder, state: State, wanted: list[list[int]], rng: random.Random) -> list[Tensor]:
     """Reads sentences in chunks of random size, any subset of rows at a time, with drafts that go wrong.
 
     A wrong draft is read into the cache and then rolled back: the row is read on from before it.
@@ -158,7 +164,7 @@ def test_equals_the_stock_decoder(kind, architecture, lengths):
     made = build(ARCHITECTURES[architecture])
     encoded = encode(made, lengths)
     cached = KINDS[kind](made.decoder)
-    tokens = sentences((13, 70, 41), rng)
+    tokens = sentences((13, 95, 41), rng)
     state = start(cached, encoded, len(tokens))
     reserved = state.length
     found = read_at_random(cached, state, tokens, rng)
