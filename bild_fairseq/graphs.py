@@ -129,7 +129,9 @@ class GraphedDecoder:
         state.inputs[new].copy_(torch.tensor([tokens, positions]))
         key = (new, layers, keep, select != "none")
         if key not in state.passes:
-            state.passes[key] = self._captured(state, partial(self._run, state, *key))
+            run = partial(self._run, state, *key)
+            useful = new in _WIDTHS and state.batch * new <= _ROWS
+            state.passes[key] = self._captured(run, state.length) if self._capture and useful else run
         result = state.passes[key]()
         if result is None:
             return None
@@ -151,11 +153,8 @@ class GraphedDecoder:
         x = self._decoder.run(state.state, span, None if layers[0] else tokens, layers, keep)
         return self._decoder.predict(x, layers[1]) if predict else None
 
-    def _captured(self, state: GraphedState, run: Pass) -> Pass:
-        """A pass as a graph; the pass itself where that is of no use or cannot be."""
-        new = run.args[1]
-        if not self._capture or state.batch * new > _ROWS or new not in _WIDTHS:
-            return run
+    def _captured(self, run: Pass, length: int) -> Pass:
+        """A pass over positions up to ``length`` as a graph, or as it is where that cannot be."""
         try:
             # What a first run allocates or tunes has no place in a graph. Runs over the same input can be repeated.
             stream = torch.cuda.Stream()
@@ -164,7 +163,7 @@ class GraphedDecoder:
                 for _ in range(2):
                     run()
             torch.cuda.current_stream().wait_stream(stream)
-            self._tables.append(self._decoder.positions(state.length))
+            self._tables.append(self._decoder.positions(length))
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 result = run()

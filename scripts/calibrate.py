@@ -63,6 +63,8 @@ from bild_fairseq.generator import BildGenerator
 from bild_fairseq.stats import Counters
 
 TURN = 10  # sentences that a system translates before the next one's turn
+SLACK = 1.1  # how much slower than another a setting must seem before it is left out
+GROUP = 12  # settings that are judged on all sentences before the next ones are looked at
 SAVE_EVERY = 10  # seconds between two writes of the record
 
 
@@ -113,7 +115,7 @@ def policies(args: argparse.Namespace) -> list[Policy]:
     return list(dict.fromkeys(found))
 
 
-def is_lossless(policy: Policy) -> bool:
+def lossless(policy: Policy) -> bool:
     return policy.rollback_threshold == 0 and policy.verify_end
 
 
@@ -283,30 +285,60 @@ def shortlist(
     args: argparse.Namespace,
     saved: Any,
 ) -> list[int]:
-    """The settings within the bound on all sentences, the fastest by estimate first.
+    """Settings within the bound on all sentences, the fastest by estimate first; more than are needed, not all.
 
     A part of the sentences comes first: settings that are slower there than the fastest one that loses nothing, or
-    certainly lose too much, are not looked at on the others.
+    certainly lose too much, are not looked at on the others; nor are settings looser than one that loses too much.
+    On all sentences the fastest of those left are judged until enough of them have passed.
     """
     columns = random.Random(0).sample(columns, len(columns))
     first = columns[: max(40, len(columns) // 4)]
-    active = list(range(len(settings)))
-    with tqdm(total=len(active) * len(first), unit="sentence", desc="a part of the sentences", disable=None) as bar:
-        judge.fill(active, first, bar, saved)
-    milliseconds = judge.milliseconds(active, first, costs)
-    losses = judge.losses(active, first, greedy)
-    sure = min(ms for setting, ms in zip(settings, milliseconds, strict=True) if is_lossless(setting))
-    hopeful = np.quantile(losses, 1 - args.confidence, axis=1) <= args.max_loss
+    hopeful: list[int] = []
+    with tqdm(total=len(settings) * len(first), unit="sentence", desc="a part of the sentences", disable=None) as bar:
+        for wave in loosening(settings):
+            kept = set(hopeful)
+            wave = [s for s, tighter in wave if kept.issuperset(tighter)]
+            if wave:
+                judge.fill(wave, first, bar, saved)
+                low = np.quantile(judge.losses(wave, first, greedy), 1 - args.confidence, axis=1)
+                bounded = zip(wave, low, strict=True)
+                hopeful += [s for s, loss in bounded if loss <= args.max_loss or lossless(settings[s])]
+    milliseconds = dict(zip(hopeful, judge.milliseconds(hopeful, first, costs), strict=True))
+    sure = min(milliseconds[s] for s in hopeful if lossless(settings[s]))
     # Estimates on few sentences are rough, so a setting must be clearly slower to be left out.
-    active = [s for s in active if milliseconds[s] <= 1.1 * sure and (hopeful[s] or is_lossless(settings[s]))]
+    active = sorted((s for s in hopeful if milliseconds[s] <= SLACK * sure), key=milliseconds.__getitem__)
+    passing: list[tuple[float, int]] = []
     with tqdm(
         total=len(active) * (len(columns) - len(first)), unit="sentence", desc="all sentences", disable=None
     ) as bar:
-        judge.fill(active, columns, bar, saved)
-    milliseconds = judge.milliseconds(active, columns, costs)
-    bounds = np.quantile(judge.losses(active, columns, greedy), args.confidence, axis=1)
-    passing = [(ms, s) for ms, s, bound in zip(milliseconds, active, bounds, strict=True) if bound <= args.max_loss]
-    return [s for _, s in sorted(passing)]
+        for begin in range(0, len(active), GROUP):
+            group = active[begin : begin + GROUP]
+            enough = 2 * args.candidates  # should one not keep what it promises
+            if len(passing) >= enough and milliseconds[group[0]] > SLACK * milliseconds[passing[enough - 1][1]]:
+                break
+            judge.fill(group, columns, bar, saved)
+            bounds = np.quantile(judge.losses(group, columns, greedy), args.confidence, axis=1)
+            times = judge.milliseconds(group, columns, costs)
+            passing += [(ms, s) for ms, s, bound in zip(times, group, bounds, strict=True) if bound <= args.max_loss]
+            passing.sort()
+    return [s for _, s in passing]
+
+
+def loosening(settings: Sequence[Policy]) -> list[list[tuple[int, list[int]]]]:
+    """Settings (by number) in waves from strict to loose, each with those of an earlier wave that are a step stricter.
+
+    A step is the next higher fallback threshold or the next lower rollback threshold, all else equal.
+    """
+    numbers = {policy: number for number, policy in enumerate(settings)}
+    fallbacks = sorted({policy.fallback_threshold for policy in settings}, reverse=True)
+    rollbacks = sorted({policy.rollback_threshold for policy in settings})
+    waves: list[list[tuple[int, list[int]]]] = [[] for _ in range(len(fallbacks) + len(rollbacks) - 1)]
+    for policy, number in numbers.items():
+        f, r = fallbacks.index(policy.fallback_threshold), rollbacks.index(policy.rollback_threshold)
+        stricter = [dataclasses.replace(policy, fallback_threshold=fallbacks[f - 1])] if f else []
+        stricter += [dataclasses.replace(policy, rollback_threshold=rollbacks[r - 1])] if r else []
+        waves[f + r].append((number, [numbers[one] for one in stricter if one in numbers]))
+    return waves
 
 
 def verify(
@@ -373,7 +405,7 @@ def choose(task: FairseqTask, method: Method, args: argparse.Namespace, settings
     columns = list(range(len(ids)))
     found = shortlist(judge, settings, columns, scorer.statistics(outputs), costs, args, record.save)
     record.save(at_once=True)
-    print(f"{len(settings)} settings, {len(found)} of them within {args.max_loss:g} {scorer.name} of greedy decoding")
+    print(f"{len(settings)} settings, {len(found)} fast ones within {args.max_loss:g} {scorer.name} of greedy decoding")
     rows: list[dict[str, Any]] = []
     while found and not any(row["within_bound"] for row in rows):
         some, found = found[: args.candidates], found[args.candidates :]

@@ -196,3 +196,22 @@ def test_a_record_of_something_else_is_left_alone(corpus, tmp_path):
     record.write_text('{"rows": []}')
     assert "holds no recorded predictions" in refused(corpus, "calibrate", *arguments(corpus, "--record", record))
     assert record.read_text() == '{"rows": []}'
+
+
+def test_looser_settings_come_after_stricter_ones():
+    ends = (False, True)
+    settings = [Policy(f, r, 5, verify_end=end) for f in (0.2, 0.6, 0.4) for r in (1.0, 3.0) for end in ends]
+    settings.append(Policy(0.4, 0.0, 5, verify_end=True))
+    waves = calibrate.loosening(settings)
+    seen: set[int] = set()
+    for wave in waves:
+        for number, stricter in wave:
+            assert seen.issuperset(stricter)
+            for other in (settings[s] for s in stricter):
+                assert other.verify_end == settings[number].verify_end
+                assert other.fallback_threshold >= settings[number].fallback_threshold
+                assert other.rollback_threshold <= settings[number].rollback_threshold
+        seen.update(number for number, _ in wave)
+    assert seen == set(range(len(settings)))
+    assert [settings[number] for number, _ in waves[0]] == []  # nothing at (0.6, 0)
+    assert {len(stricter) for wave in waves for _, stricter in wave} == {0, 1, 2}
