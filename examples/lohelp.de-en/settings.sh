@@ -71,4 +71,4 @@ align_train=()
 search=()
 # scripts/sweep.py and scripts/calibrate.py
 sweep=(--fallback 0.2,0.3,0.4,0.5,0.6,0.8 --rollback 1,2,3,5 --verify-end both --ablations)
-calibrate=()
+calibrate=(--fallback 0.2,0.3,0.4,0.6 --rollback 1,2,3,5 --max-draft 10)
