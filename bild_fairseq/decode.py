@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from .policies import falls_back, rolls_back
 from .stats import Counters
 
 Prediction = tuple[int, float]  # the best token and its log-probability (nats)
+Judgement = tuple[int, float, float]  # the same, and the log-probability of the token that stands there
 
 
 class Reader(Protocol):
@@ -63,6 +65,21 @@ class Reader(Protocol):
             for each row its predictions, up to the first one that is the end symbol, less likely than the threshold,
             not a number or the last one allowed; all but the last have been read. None if the reader reads one token
             at a time only.
+        """
+        ...
+
+    def judge(
+        self, tokens: Sequence[Sequence[int]], rows: Sequence[int], constraints: Constraints
+    ) -> list[list[Judgement]] | None:
+        """Reads all that it has not consumed of some rows and judges what stands there, which saves the logits' way.
+
+        Args:
+            tokens, rows: as for ``read``; the rows are past their prefixes and below the maximum length.
+            constraints: hold for every prediction.
+
+        Returns:
+            for each row a judgement after each token read; after the last one there is no standing token, and its
+            log-probability is of no use. None if the reader gives logits only.
         """
         ...
 
@@ -251,22 +268,10 @@ def _score_prefixes(batch: _Batch, logits: Array, normalizers: Array, places: Se
 
 def _verify(batch: _Batch, rows: Sequence[int], large: Reader, small: Reader | None, policy: Policy) -> None:
     """One large step: judges every waiting sentence's draft in one forward pass and adds one token."""
-    eos = batch.constraints.eos
-    logits, normalizers, places = batch.predict(large, rows, last_only=False)
-    # The token that stands at each place; none does at the last one of a row, and eos fills in.
-    standing = [
-        tokens[position + 1] if position + 1 < len(tokens) else eos
-        for tokens, position in ((batch.tokens[row], position) for row, position in places)
-    ]
-    judgements = list(zip(*_best(logits, normalizers, standing), strict=True))
-
-    index = 0
-    for row in rows:
+    firsts = [large.consumed[row] for row in rows]
+    for row, first, judgements in zip(rows, firsts, _judgements(batch, rows, large), strict=True):
         sentence = batch.sentences[row]
-        first = places[index][1]
-        last = index + sentence.generated - first + 1
-        _judge(sentence, first, judgements[index:last], policy, eos)
-        index = last
+        _judge(sentence, first, judgements, policy, batch.constraints.eos)
         # Whatever stood after the token that the large model put last is void.
         large.rollback(row, len(sentence.tokens) - 1)
         if small is not None and not sentence.finished:
@@ -274,15 +279,31 @@ def _verify(batch: _Batch, rows: Sequence[int], large: Reader, small: Reader | N
             sentence.drafting = True
 
 
-def _judge(
-    sentence: Sentence, first: int, judgements: Sequence[tuple[int, float, float]], policy: Policy, eos: int
-) -> None:
+def _judgements(batch: _Batch, rows: Sequence[int], large: Reader) -> list[Sequence[Judgement]]:
+    """What the large model says of every token that it has not consumed, and of what should follow."""
+    sentences = [batch.sentences[row] for row in rows]
+    scored = all(sentence.prefix <= large.consumed[row] for row, sentence in zip(rows, sentences, strict=True))
+    if scored and all(sentence.generated < batch.constraints.max_len for sentence in sentences):
+        judgements = large.judge(batch.tokens, rows, batch.constraints)
+        if judgements is not None:
+            return judgements
+    logits, normalizers, places = batch.predict(large, rows, last_only=False)
+    # The token that stands at each place; none does at the last one of a row, and eos fills in.
+    standing = [
+        tokens[position + 1] if position + 1 < len(tokens) else batch.constraints.eos
+        for tokens, position in ((batch.tokens[row], position) for row, position in places)
+    ]
+    judged = list(zip(*_best(logits, normalizers, standing), strict=True))
+    ends = [index + 1 for index, (row, position) in enumerate(places) if position == batch.sentences[row].generated]
+    return [judged[begin:end] for begin, end in pairwise([0, *ends])]
+
+
+def _judge(sentence: Sentence, first: int, judgements: Sequence[Judgement], policy: Policy, eos: int) -> None:
     """The large model's verdict on one sentence.
 
     Args:
         first: position of the first judgement; the last one is for the token after the draft.
-        judgements: per position the large model's best token, its log-probability, and the log-probability of the
-            token that stands there.
+        judgements: of each position from there on.
     """
     counters = sentence.counters
     counters.large_calls += 1

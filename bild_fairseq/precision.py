@@ -10,7 +10,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-PRECISIONS = ("float32", "bfloat16", "int8")
+from .errors import BildError
+
+PRECISIONS = ("float32", "float16", "bfloat16", "int8")
 
 
 def quantize(weight: Tensor, precision: str) -> tuple[Tensor, Tensor | None]:
@@ -18,13 +20,20 @@ def quantize(weight: Tensor, precision: str) -> tuple[Tensor, Tensor | None]:
 
     Args:
         weight: (out, in), float32.
-        precision: one of :data:`PRECISIONS`; int8 is symmetric with one scale per output.
+        precision: one of :data:`PRECISIONS`; int8 is symmetric with one scale per output. float16 changes nothing
+            where the weights come from a checkpoint in half precision.
 
     Returns:
         (out, in) numbers of the wanted type, and for int8 the scales (out,) that they are to be multiplied with.
+
+    Raises:
+        BildError: a weight is beyond float16's range.
     """
     if precision != "int8":
-        return weight.to(getattr(torch, precision)), None
+        values = weight.to(getattr(torch, precision))
+        if precision == "float16" and not values.isfinite().all():
+            raise BildError("--bild-precision float16: some of the model's weights are too large for it; use bfloat16")
+        return values, None
     scale = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
     return (weight / scale[:, None]).round().to(torch.int8), scale
 

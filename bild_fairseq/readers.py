@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from .cached_decoder import Select
 from .constraints import Constraints
-from .decode import Prediction, Reader
-from .native import DraftRules, NativeDecoder
+from .decode import Judgement, Prediction, Reader
+from .native import NativeDecoder
 
 
 class Decoder(Protocol):
@@ -61,20 +62,40 @@ class _Cursor:
     ) -> list[list[Prediction]] | None:
         if not isinstance(self.decoder, NativeDecoder) or constraints.depend_on_text:
             return None
-        rules = DraftRules(
-            pad=constraints.pad,
-            unk=constraints.unk,
-            eos=constraints.eos,
-            threshold=threshold,
-            unk_penalty=constraints.unk_penalty,
-            limits=limits,
-            minima=[max(0, constraints.min_len - len(tokens[row]) + 1) for row in rows],
-        )
         starts, unread = self._unread(tokens, rows)
-        drafts = self.decoder.draft(self.state, unread, rows, starts, self.layers, rules, self._keep)
+        minima = [max(0, constraints.min_len - len(tokens[row]) + 1) for row in rows]
+        drafts = self.decoder.draft(
+            self.state, unread, rows, starts, self.layers, constraints, threshold, limits, minima, self._keep
+        )
         for row, predictions in zip(rows, drafts, strict=True):
             self.consumed[row] = len(tokens[row]) + len(predictions) - 1
         return drafts
+
+    def judge(
+        self, tokens: Sequence[Sequence[int]], rows: Sequence[int], constraints: Constraints
+    ) -> list[list[Judgement]] | None:
+        if not isinstance(self.decoder, NativeDecoder) or constraints.depend_on_text:
+            return None
+        starts, unread = self._unread(tokens, rows)
+        # The token that stands after each one that is read; after a row's last one none does, and eos fills in.
+        standing = [
+            token
+            for row, start in zip(rows, starts, strict=True)
+            for token in (*tokens[row][start + 1 :], constraints.eos)
+        ]
+        may_end = [
+            position >= constraints.min_len
+            for row, start in zip(rows, starts, strict=True)
+            for position in range(start, len(tokens[row]))
+        ]
+        judged = iter(
+            self.decoder.judge(
+                self.state, unread, rows, starts, self.layers, constraints, standing, may_end, self._keep
+            )
+        )
+        for row in rows:
+            self.consumed[row] = len(tokens[row])
+        return [list(islice(judged, len(part))) for part in unread]
 
     def _unread(self, tokens: Sequence[Sequence[int]], rows: Sequence[int]) -> tuple[list[int], list[Sequence[int]]]:
         starts = [self.consumed[row] for row in rows]
@@ -138,6 +159,13 @@ class EnsembleReader:
             return None
         return self._readers[0].draft(tokens, rows, limits, threshold, constraints)
 
+    def judge(
+        self, tokens: Sequence[Sequence[int]], rows: Sequence[int], constraints: Constraints
+    ) -> list[list[Judgement]] | None:
+        if len(self._readers) > 1 or self._temperature != 1.0:
+            return None
+        return self._readers[0].judge(tokens, rows, constraints)
+
     def rollback(self, row: int, length: int) -> None:
         for reader in self._readers:
             reader.rollback(row, length)
@@ -172,3 +200,9 @@ class ResumeReader(_Cursor):
     def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> tuple[Tensor, Tensor]:
         self._shallow.catch_up(tokens, rows)
         return self._read(tokens, rows, "last" if last_only else "all")
+
+    def judge(
+        self, tokens: Sequence[Sequence[int]], rows: Sequence[int], constraints: Constraints
+    ) -> list[list[Judgement]] | None:
+        self._shallow.catch_up(tokens, rows)
+        return super().judge(tokens, rows, constraints)

@@ -37,6 +37,9 @@ class _Recorder:
     def draft(self, *args: Any) -> None:
         """One token at a time, each a call of ``read``."""
 
+    def judge(self, *args: Any) -> None:
+        """Logits of every token, a call of ``read``."""
+
     def rollback(self, row: int, length: int) -> None:
         self._reader.rollback(row, length)
 

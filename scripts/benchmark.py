@@ -95,8 +95,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--precision",
         default="float32",
-        help="weights of this package's systems: float32, bfloat16, int8, or two of them joined by +, for the large "
-        "model and the small one; several, joined by commas, are compared (default: float32)",
+        help="weights of this package's systems: float32, float16, bfloat16, int8, or two of them joined by +, for the "
+        "large model and the small one; several, joined by commas, are compared (default: float32)",
     )
     parser.add_argument(
         "--floor",

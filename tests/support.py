@@ -261,4 +261,5 @@ def count_positions(decoder: CachedDecoder | NativeDecoder) -> list[int]:
     decoder.read = counting(decoder.read, False)
     if isinstance(decoder, NativeDecoder):
         decoder.draft = counting(decoder.draft, True)
+        decoder.judge = counting(decoder.judge, False)
     return counts

@@ -607,6 +607,9 @@ class Table:
     def draft(self, *args: Any) -> None:
         """One token at a time."""
 
+    def judge(self, *args: Any) -> None:
+        """By its logits."""
+
     def rollback(self, row: int, length: int) -> None:
         self.consumed[0] = min(self.consumed[0], length)
 

@@ -12,10 +12,13 @@ from reference import Rules
 from support import PRE_NORM, assert_close, generator, model, sample, source, symbols
 
 from bild_fairseq.cached_decoder import CachedDecoder
+from bild_fairseq.constraints import Constraints
+from bild_fairseq.errors import BildError
 from bild_fairseq.lean_encoder import LeanEncoder
 from bild_fairseq.native import NativeDecoder, NativeEncoder, missing_option
 from bild_fairseq.native import library as build
 from bild_fairseq.precision import PRECISIONS, quantize, rounded, rounded_copy
+from bild_fairseq.readers import ModelReader
 
 needs_kernels = pytest.mark.skipif(build.library() is None, reason="no C compiler here")
 
@@ -131,6 +134,7 @@ def test_rounding(precision):
     weight[3] = 0
     step = {
         "float32": 0 * weight,
+        "float16": weight.abs() / 1024,
         "bfloat16": weight.abs() / 128,
         "int8": weight.abs().amax(1, True) / 127 + 0 * weight,
     }
@@ -139,6 +143,57 @@ def test_rounding(precision):
     assert_close(rounded(once, precision), once)
     values, scale = quantize(weight, precision)
     assert values.dtype is getattr(torch, precision) and (scale is not None) == (precision == "int8")
+
+
+def test_weights_beyond_half_precision_are_refused():
+    with pytest.raises(BildError, match="--bild-precision float16.*bfloat16"):
+        quantize(torch.tensor([[1e5]]), "float16")
+
+
+@needs_kernels
+def test_half_precision_loses_nothing_of_a_half_checkpoint():
+    """Its weights are halves, tiny ones included, so that the logits are those of float32 to the last bit."""
+    made = model(1)
+    with torch.no_grad():
+        for part in made.modules():
+            if isinstance(part, torch.nn.Linear):
+                part.weight[0, ::2] *= 1e-6  # below the smallest normal half
+                part.weight.copy_(part.weight.half().float())
+    read = [source(range(6))[:-1]], [0], [0], (0, len(made.decoder.layers)), "all"
+    encoder_out = torch.randn(5, 1, made.encoder.layers[0].embed_dim)
+    logits = []
+    for precision in ("float32", "float16", "bfloat16"):
+        decoder = NativeDecoder(made.decoder, precision)
+        state = decoder.start(encoder_out, None, 1)
+        logits.append(decoder.read(state, *read)[0].clone())
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
+
+
+@needs_kernels
+@pytest.mark.parametrize("unk_penalty", [0.0, 2.5])
+def test_judgements_are_what_the_logits_say(unk_penalty):
+    """Best tokens and log-probabilities, with what a position forbids; ragged rows."""
+    made = model(3)
+    decoder = NativeDecoder(made.decoder)
+    words = symbols()
+    constraints = Constraints(words.pad(), words.unk(), words.eos(), max_len=20, min_len=2, unk_penalty=unk_penalty)
+    tokens = [[words.eos(), *source(range(count))[:-1]] for count in (4, 0, 9)]
+    encoder_out = torch.randn(5, 3, made.encoder.layers[0].embed_dim)
+
+    def reader():
+        return ModelReader(decoder, decoder.start(encoder_out, None, 3))
+
+    logits, normalizers = (part.clone() for part in reader().read(tokens, range(3), last_only=False))
+    places = [(row, position) for row, text in enumerate(tokens) for position in range(len(text))]
+    constraints.apply(logits.numpy(), normalizers.numpy(), places, tokens, [0] * 3)
+    lprobs = logits - normalizers[:, None]
+    judged = [judgement for row in reader().judge(tokens, range(3), constraints) for judgement in row]
+    assert [best for best, _, _ in judged] == lprobs.argmax(1).tolist()
+    assert_close(torch.tensor([lprob for _, lprob, _ in judged]), lprobs.amax(1))
+    for (row, position), lprob, (_, _, standing) in zip(places, lprobs, judged, strict=True):
+        if position + 1 < len(tokens[row]):
+            assert standing == pytest.approx(lprob[tokens[row][position + 1]].item(), abs=1e-6)
 
 
 def test_a_rounded_copy_leaves_the_model_alone():

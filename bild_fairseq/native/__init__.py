@@ -2,6 +2,6 @@
 
 from .decoder import NativeDecoder
 from .encoder import NativeEncoder
-from .transformer import DraftRules, missing_option
+from .transformer import missing_option
 
-__all__ = ["DraftRules", "NativeDecoder", "NativeEncoder", "missing_option"]
+__all__ = ["NativeDecoder", "NativeEncoder", "missing_option"]

@@ -12,8 +12,9 @@ from fairseq.models.transformer import TransformerDecoderBase
 from torch import Tensor
 
 from ..cached_decoder import Select
+from ..constraints import Constraints
 from .structs import Head, Linear, State
-from .transformer import DraftRules, PackedStack
+from .transformer import PackedStack
 
 
 class NativeDecoderState:
@@ -138,18 +139,14 @@ class NativeDecoder:
         keep: bool = False,
     ) -> tuple[Tensor, Tensor] | None:
         """See :meth:`~bild_fairseq.cached_decoder.CachedDecoder.read`."""
-        first, last = layers
-        counts = [len(tokens) for tokens in unread]
-        state.reserve(max(map(add, starts, counts)))
-        if keep:
-            state.keep_hidden()
+        counts = self._reserve(state, unread, starts, 0, keep)
         total = sum(counts)
         if select == "last":
             selected = [end - 1 for end in accumulate(counts)]
         else:
             selected = range(total) if select == "all" else ()
-        tokens = None if first else [*chain.from_iterable(unread)]
-        head = self._heads.get(last)
+        head = self._heads.get(layers[1])
+        tokens = _embedded(unread, layers)
         result = self._stack.forward(state.struct, (rows, starts, counts), tokens, layers, head, selected, keep)
         return result if selected else None
 
@@ -160,7 +157,10 @@ class NativeDecoder:
         rows: Sequence[int],
         starts: Sequence[int],
         layers: tuple[int, int],
-        rules: DraftRules,
+        constraints: Constraints,
+        threshold: float,
+        most: Sequence[int],
+        minima: Sequence[int],
         keep: bool = False,
     ) -> list[list[tuple[int, float]]]:
         """Reads tokens and goes on with its own.
@@ -168,16 +168,61 @@ class NativeDecoder:
         Args:
             state, unread, rows, starts, layers, keep: as for
                 :meth:`~bild_fairseq.cached_decoder.CachedDecoder.read`; the layers begin with the lowest.
-            rules: where a draft ends.
+            constraints, threshold, most, minima: where a draft ends, see :meth:`PackedStack.draft`.
 
         Returns:
             for each row its predictions, see :meth:`PackedStack.draft`.
         """
+        counts = self._reserve(state, unread, starts, max(most), keep)
+        tokens, head = _embedded(unread, layers), self._heads[layers[1]]
+        return self._stack.draft(
+            state.struct, (rows, starts, counts), tokens, layers, head, constraints, threshold, most, minima, keep
+        )
+
+    def judge(
+        self,
+        state: NativeDecoderState,
+        unread: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        starts: Sequence[int],
+        layers: tuple[int, int],
+        constraints: Constraints,
+        standing: Sequence[int],
+        may_end: Sequence[bool],
+        keep: bool = False,
+    ) -> list[tuple[int, float, float]]:
+        """Reads tokens, and says what should follow each and how likely it is that the standing token does.
+
+        Args:
+            state, unread, rows, starts, layers, keep: as for
+                :meth:`~bild_fairseq.cached_decoder.CachedDecoder.read`.
+            constraints, standing, may_end: see :meth:`PackedStack.judge`.
+
+        Returns:
+            for each token, see :meth:`PackedStack.judge`.
+        """
+        counts = self._reserve(state, unread, starts, 0, keep)
+        tokens, head = _embedded(unread, layers), self._heads[layers[1]]
+        return self._stack.judge(
+            state.struct, (rows, starts, counts), tokens, layers, head, constraints, standing, may_end, keep
+        )
+
+    def _reserve(
+        self,
+        state: NativeDecoderState,
+        unread: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        more: int,
+        keep: bool,
+    ) -> list[int]:
+        """Makes room for what is to be read and some more tokens in each row; returns how much is to be read."""
         counts = [len(tokens) for tokens in unread]
-        state.reserve(max(map(add, starts, counts)) + max(rules.limits))
+        state.reserve(max(map(add, starts, counts)) + more)
         if keep:
             state.keep_hidden()
-        tokens = [*chain.from_iterable(unread)]
-        return self._stack.draft(
-            state.struct, (rows, starts, counts), tokens, layers, self._heads[layers[1]], rules, keep
-        )
+        return counts
+
+
+def _embedded(unread: Sequence[Sequence[int]], layers: tuple[int, int]) -> list[int] | None:
+    """Of all rows, side by side; None for layers that go on from hidden states."""
+    return None if layers[0] else [*chain.from_iterable(unread)]

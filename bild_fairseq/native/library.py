@@ -99,8 +99,8 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded.bild_workspace.argtypes = [ctypes.c_void_p] * 3
     loaded.bild_forward.restype = None
     loaded.bild_forward.argtypes = [ctypes.c_void_p] * 3
-    loaded.bild_draft.restype = None
-    loaded.bild_draft.argtypes = [ctypes.c_void_p] * 4
+    loaded.bild_draft.restype = loaded.bild_judge.restype = None
+    loaded.bild_draft.argtypes = loaded.bild_judge.argtypes = [ctypes.c_void_p] * 4
     loaded.bild_source.restype = None
     loaded.bild_source.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
     return loaded

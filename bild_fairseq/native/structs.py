@@ -15,7 +15,7 @@ from ..precision import quantize
 _HUGE_PAGE = 1 << 21
 _BLOCK = 4 * _HUGE_PAGE
 
-_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
+_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
 
 
 def _huge_pages(size: int) -> Tensor:
@@ -87,8 +87,20 @@ class Call(ctypes.Structure):
     ]
 
 
+class Limits(ctypes.Structure):
+    _fields_ = _fields("pad unk eos", doubles="unk_penalty")
+
+
 class Draft(ctypes.Structure):
-    _fields_ = _fields("steps pad unk eos", "limits minima order made tokens lprobs", doubles="unk_penalty threshold")
+    _fields_ = [
+        ("limits", Limits),
+        ("threshold", ctypes.c_double),
+        *_fields("steps", "most minima order made tokens lprobs"),
+    ]
+
+
+class Judgement(ctypes.Structure):
+    _fields_ = [("limits", Limits), *_fields("", "standing may_end best best_lprob standing_lprob")]
 
 
 class Arena:

@@ -31,7 +31,8 @@
 #define WIDE 2
 #endif
 #define PANEL (2 * LANES) /* outputs that are computed together */
-#define AHEAD 12288       /* bytes of weights that are fetched in advance */
+#define AHEAD 8192        /* bytes of weights that are fetched in advance */
+#define BURST 8           /* inputs whose weights are fetched together */
 #define FEW 8             /* up to so many rows, every thread normalizes them all rather than wait for the others */
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -40,7 +41,7 @@ typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
-enum { FLOAT32, BFLOAT16, INT8 };
+enum { FLOAT32, FLOAT16, BFLOAT16, INT8 };
 enum { NONE, RELU, GELU };
 
 typedef struct {
@@ -107,7 +108,7 @@ typedef struct {
     int64_t threads;
 } Call;
 
-static inline int64_t weight_size(int64_t type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
+static inline int64_t weight_size(int64_t type) { return type == FLOAT32 ? 4 : type == INT8 ? 1 : 2; }
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -124,6 +125,18 @@ static inline __attribute__((always_inline)) vec load(int type, const void *weig
         halves h = *(const halves *)((const uint16_t *)weight + offset);
         return (vec)(__builtin_convertvector(h, uvec) << 16);
     }
+    if (type == FLOAT16) {
+        const uint16_t *w = (const uint16_t *)weight + offset;
+#if defined(__AVX512F__)
+        return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i_u *)w));
+#elif defined(__AVX2__) && defined(__F16C__)
+        return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i_u *)w));
+#else /* a finite half's exponent and mantissa, moved into place, are 2^-112 times its value */
+        uvec h = __builtin_convertvector(*(const halves *)w, uvec);
+        vec size = (vec)((h & 0x7fff) << 13) * 0x1p112f;
+        return (vec)((uvec)size | (h & 0x8000) << 16);
+#endif
+    }
     const int8_t *b = (const int8_t *)weight + offset;
 #if defined(__AVX512F__) /* compilers make a poor job of this conversion */
     return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i_u *)b)));
@@ -138,28 +151,40 @@ static inline __attribute__((always_inline)) vec load(int type, const void *weig
 #define SUMS (2 * ROWS > 8 ? 2 * ROWS : 8)
 typedef vec Sums[SUMS]; /* (panels, rows, 2) */
 
+/* Which weights a product fetches for later ones: those that lie so many bytes ahead, of each step-th burst of inputs,
+ * from the first one on. Where several products use the same weights one after the other, they share the fetching. */
+typedef struct {
+    int64_t ahead; /* 0 for none */
+    int64_t first, step;
+} Fetch;
+
+static const Fetch NOTHING = {0, 0, 1};
+
 /* sums[(q rows + r) 2 ..] = sum_i x[r][i] * weight[q distance + i stride ..], for one panel q or several. */
 static inline __attribute__((always_inline)) void multiply_rows(int panels, int rows, int type, const float *x,
                                                                 int64_t ldx, int64_t in, const void *weight,
-                                                                int64_t stride, int64_t distance, Sums sums) {
+                                                                int64_t stride, int64_t distance, Fetch fetch,
+                                                                Sums sums) {
     Sums s;
     for (int j = 0; j < panels * rows * 2; j++) s[j] = (vec){0};
-    for (int64_t i = 0; i < in; i++) {
-        vec low[4], high[4];
-        for (int q = 0; q < panels; q++) {
-            int64_t at = q * distance + i * stride;
-            if (rows > 1) { /* with one row memory is busy anyway, and the processor's own guesses do better */
-                const char *ahead = (const char *)weight + at * weight_size(type) + AHEAD;
-                __builtin_prefetch(ahead);
-                if (type == FLOAT32) __builtin_prefetch(ahead + 64);
-            }
-            low[q] = load(type, weight, at), high[q] = load(type, weight, at + LANES);
-        }
-        for (int r = 0; r < rows; r++) {
-            vec b = broadcast(x[r * ldx + i]);
+    for (int64_t i = 0, burst = 0; i < in; burst++) {
+        if (fetch.ahead && burst % fetch.step == fetch.first)
             for (int q = 0; q < panels; q++) {
-                s[(q * rows + r) * 2] += b * low[q];
-                s[(q * rows + r) * 2 + 1] += b * high[q];
+                const char *ahead = (const char *)weight + (q * distance + i * stride) * weight_size(type) + fetch.ahead;
+                for (int line = 0; line < BURST * PANEL * weight_size(type); line += 64) __builtin_prefetch(ahead + line);
+            }
+        for (int64_t end = i + BURST < in ? i + BURST : in; i < end; i++) {
+            vec low[4], high[4];
+            for (int q = 0; q < panels; q++) {
+                int64_t at = q * distance + i * stride;
+                low[q] = load(type, weight, at), high[q] = load(type, weight, at + LANES);
+            }
+            for (int r = 0; r < rows; r++) {
+                vec b = broadcast(x[r * ldx + i]);
+                for (int q = 0; q < panels; q++) {
+                    s[(q * rows + r) * 2] += b * low[q];
+                    s[(q * rows + r) * 2 + 1] += b * high[q];
+                }
             }
         }
     }
@@ -170,9 +195,10 @@ static inline __attribute__((always_inline)) void multiply_rows(int panels, int 
 static inline int64_t abreast(int64_t rows) { return rows == 1 ? 4 : rows <= WIDE ? 2 : 1; }
 
 static inline __attribute__((always_inline)) void multiply_type(int type, int64_t panels, int64_t rows, const float *x,
-                                                                int64_t ldx, int64_t in, const void *panel, Sums sums) {
+                                                                int64_t ldx, int64_t in, const void *panel, Fetch fetch,
+                                                                Sums sums) {
 #define CASE(PANELS, N) \
-    case PANELS * 16 + N: multiply_rows(PANELS, N, type, x, ldx, in, panel, PANEL, in * PANEL, sums); break;
+    case PANELS * 16 + N: multiply_rows(PANELS, N, type, x, ldx, in, panel, PANEL, in * PANEL, fetch, sums); break;
     switch (panels * 16 + rows) { /* constant numbers keep the sums in registers */
         CASE(4, 1)
         CASE(2, 1)
@@ -201,13 +227,15 @@ static inline __attribute__((always_inline)) void multiply_type(int type, int64_
 }
 
 static void multiply(int64_t type, int64_t panels, int64_t rows, const float *x, int64_t ldx, int64_t in,
-                     const void *panel, Sums sums) {
+                     const void *panel, Fetch fetch, Sums sums) {
     if (type == FLOAT32)
-        multiply_type(FLOAT32, panels, rows, x, ldx, in, panel, sums);
+        multiply_type(FLOAT32, panels, rows, x, ldx, in, panel, fetch, sums);
+    else if (type == FLOAT16)
+        multiply_type(FLOAT16, panels, rows, x, ldx, in, panel, fetch, sums);
     else if (type == BFLOAT16)
-        multiply_type(BFLOAT16, panels, rows, x, ldx, in, panel, sums);
+        multiply_type(BFLOAT16, panels, rows, x, ldx, in, panel, fetch, sums);
     else
-        multiply_type(INT8, panels, rows, x, ldx, in, panel, sums);
+        multiply_type(INT8, panels, rows, x, ldx, in, panel, fetch, sums);
 }
 
 static inline vec vec_exp(vec x) {
@@ -262,14 +290,18 @@ static inline void finish(const Linear *l, int64_t p, const vec *sums, float *y,
 static void linear(const Linear *l, const float *x, int64_t ldx, int64_t rows, float *y, int64_t ldy,
                    const float *residual, int activation, int64_t threads) {
     int64_t panels = (l->out + PANEL - 1) / PANEL, thread = omp_get_thread_num();
-    int64_t end = share(panels, thread + 1, threads), count;
+    int64_t end = share(panels, thread + 1, threads), count, size = l->in * PANEL * weight_size(l->type);
+    /* Rows that do not fit in registers together take turns. */
+    int64_t turns = (rows + ROWS - 1) / ROWS;
+    /* With one row memory is busy anyway, and the processor's own guesses do better. */
+    int64_t ahead = rows == 1 ? 0 : turns == 1 ? AHEAD : size;
     for (int64_t p = share(panels, thread, threads); p < end; p += count) {
         for (count = abreast(rows); count > end - p; count /= 2) continue;
-        const char *weight = (const char *)l->weight + p * l->in * PANEL * weight_size(l->type);
-        for (int64_t r0 = 0; r0 < rows; r0 += ROWS) {
-            int64_t n = rows - r0 < ROWS ? rows - r0 : ROWS;
+        const char *weight = (const char *)l->weight + p * size;
+        for (int64_t turn = 0; turn < turns; turn++) {
+            int64_t r0 = turn * ROWS, n = rows - r0 < ROWS ? rows - r0 : ROWS;
             Sums sums;
-            multiply(l->type, count, n, x + r0 * ldx, ldx, l->in, weight, sums);
+            multiply(l->type, count, n, x + r0 * ldx, ldx, l->in, weight, (Fetch){ahead, turn, turns}, sums);
             for (int64_t q = 0; q < count; q++)
                 for (int64_t r = 0; r < n; r++)
                     finish(l, p + q, sums + (q * n + r) * 2, y + (r0 + r) * ldy,
@@ -349,13 +381,13 @@ static void attend(const float *query, const float *keys, const float *values, i
     float scale = 1.0f / sqrtf((float)head_dim);
     Sums sums;
     for (int64_t t = 0; t < n; t += PANEL) {
-        multiply_rows(1, 1, FLOAT32, query, 0, head_dim, keys + t, capacity, 0, sums);
+        multiply_rows(1, 1, FLOAT32, query, 0, head_dim, keys + t, capacity, 0, NOTHING, sums);
         *(vec *)(scores + t) = sums[0] * scale;
         *(vec *)(scores + t + LANES) = sums[1] * scale;
     }
     softmax(scores, n);
     for (int64_t d = 0; d < head_dim; d += PANEL) {
-        multiply_rows(1, 1, FLOAT32, scores, 0, n, values + d, head_dim, 0, sums);
+        multiply_rows(1, 1, FLOAT32, scores, 0, n, values + d, head_dim, 0, NOTHING, sums);
         int64_t width = head_dim - d < PANEL ? head_dim - d : PANEL;
         memcpy(out + d, sums, width * sizeof(float));
     }
@@ -551,37 +583,57 @@ void bild_forward(const Stack *stack, const State *state, const Call *call) {
     if (call->keep) keep_hidden(stack, state, call);
 }
 
-/* Which tokens a draft may consist of, and where it ends. */
+/* What holds for every prediction. */
 typedef struct {
-    int64_t steps;         /* room for so many predictions of each sentence */
     int64_t pad, unk, eos; /* pad is impossible */
     double unk_penalty;    /* nats */
-    double threshold;      /* probability; a draft ends with a token that is less likely */
-    int64_t *limits;       /* (sentences): so many predictions at most */
-    int64_t *minima;       /* (sentences): the end symbol is impossible in so many first predictions */
-    int64_t *order;        /* (sentences): scratch */
-    int64_t *made;         /* (sentences), out: predictions */
-    int64_t *tokens;       /* (sentences, steps), out: the best token of each prediction */
-    float *lprobs;         /* (sentences, steps), out: its log-probability */
+} Limits;
+
+/* The most probable token, the first of several, and its log-probability, which is NaN if a logit is. Changes the logits
+ * to what the limits leave of them. */
+static int64_t best_token(const Limits *limits, float *logits, int64_t out, float log_normalizer, int64_t may_end,
+                          float *lprob) {
+    logits[limits->pad] = -INFINITY;
+    if (limits->unk_penalty) logits[limits->unk] -= (float)limits->unk_penalty;
+    if (!may_end) logits[limits->eos] = -INFINITY;
+    vec top = broadcast(-INFINITY);
+    ivec where = {0};
+    for (int64_t i = 0; i < out; i += LANES) {
+        vec v = load_some(logits + i, out - i);
+        ivec better = v > top, here = (int32_t)i - (ivec){0};
+        top = choose(better, v, top);
+        where = (better & here) | (~better & where);
+    }
+    int64_t best = where[0];
+    float max = top[0];
+    for (int64_t lane = 1; lane < LANES; lane++) {
+        int64_t token = where[lane] + lane;
+        if (top[lane] > max || (top[lane] == max && token < best)) max = top[lane], best = token;
+    }
+    *lprob = max - log_normalizer;
+    return best;
+}
+
+/* What a draft may consist of, and where it ends. */
+typedef struct {
+    Limits limits;
+    double threshold; /* probability; a draft ends with a token that is less likely */
+    int64_t steps;    /* room for so many predictions of each sentence */
+    int64_t *most;    /* (sentences): so many predictions at most */
+    int64_t *minima;  /* (sentences): the end symbol is impossible in so many first predictions */
+    int64_t *order;   /* (sentences): scratch */
+    int64_t *made;    /* (sentences), out: predictions */
+    int64_t *tokens;  /* (sentences, steps), out: the best token of each prediction */
+    float *lprobs;    /* (sentences, steps), out: its log-probability */
 } Draft;
 
 /* The next token of one sentence; whether it goes on. */
 static int64_t predicted(const Draft *draft, int64_t sentence, float *logits, float log_normalizer, int64_t out) {
-    int64_t step = draft->made[sentence]++, best = 0;
-    logits[draft->pad] = -INFINITY;
-    if (draft->unk_penalty) logits[draft->unk] -= (float)draft->unk_penalty;
-    if (step < draft->minima[sentence]) logits[draft->eos] = -INFINITY;
-    vec top = broadcast(-INFINITY);
-    for (int64_t i = 0; i < out; i += LANES) {
-        vec v = load_some(logits + i, out - i);
-        top = choose(v > top, v, top);
-    }
-    float max = vec_max(top);
-    while (best < out - 1 && logits[best] != max) best++;
-    float lprob = logits[best] - log_normalizer;
-    draft->tokens[sentence * draft->steps + step] = best;
-    draft->lprobs[sentence * draft->steps + step] = lprob;
-    return best != draft->eos && exp(lprob) >= draft->threshold && step + 1 < draft->limits[sentence];
+    int64_t step = draft->made[sentence]++, at = sentence * draft->steps + step;
+    int64_t best = best_token(&draft->limits, logits, out, log_normalizer, step >= draft->minima[sentence],
+                              draft->lprobs + at);
+    draft->tokens[at] = best;
+    return best != draft->limits.eos && exp(draft->lprobs[at]) >= draft->threshold && step + 1 < draft->most[sentence];
 }
 
 /* Lets every sentence of a call write on by itself: its best token after what it reads, then the one after that, until
@@ -605,6 +657,26 @@ void bild_draft(const Stack *stack, const State *state, Call *call, const Draft 
         }
         for (int64_t s = 0; s < going; s++) call->counts[s] = 1, call->selected[s] = s;
         call->sentences = call->tokens = call->predictions = going;
+    }
+}
+
+/* A large model's opinion of what stands in its sentences, by prediction. */
+typedef struct {
+    Limits limits;
+    int64_t *standing;    /* the token that stands there */
+    int64_t *may_end;     /* whether the end symbol is possible */
+    int64_t *best;        /* out: the best token */
+    float *best_lprob;    /* out: its log-probability */
+    float *standing_lprob; /* out: that of the token that stands there */
+} Judgement;
+
+void bild_judge(const Stack *stack, const State *state, const Call *call, const Judgement *judgement) {
+    bild_forward(stack, state, call);
+    for (int64_t i = 0; i < call->predictions; i++) {
+        float *logits = call->logits + i * call->logits_stride, log_normalizer = call->log_normalizer[i];
+        judgement->best[i] = best_token(&judgement->limits, logits, call->head->vocabulary.out, log_normalizer,
+                                        judgement->may_end[i], judgement->best_lprob + i);
+        judgement->standing_lprob[i] = logits[judgement->standing[i]] - log_normalizer;
     }
 }
 

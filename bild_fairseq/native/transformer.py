@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -14,8 +13,9 @@ from fairseq.models.transformer import TransformerDecoderBase
 from torch import Tensor, nn
 
 from ..cached_decoder import position_table
+from ..constraints import Constraints
 from .library import library
-from .structs import Arena, Call, Draft, Head, Linear, Stack, State
+from .structs import Arena, Call, Draft, Head, Judgement, Limits, Linear, Stack, State
 
 _ACTIVATIONS = {"relu": 1, "gelu": 2}
 
@@ -59,25 +59,8 @@ def _activation(layer: nn.Module) -> int | None:
     return _ACTIVATIONS.get(names.get(function, getattr(function, "__name__", "")))
 
 
-@dataclass(frozen=True)
-class DraftRules:
-    """What a draft may consist of, and where it ends.
-
-    Args:
-        pad, unk, eos: symbols; a draft has no ``pad`` and ends with ``eos``.
-        threshold: probability; a draft ends with the first token that is less likely.
-        unk_penalty: nats.
-        limits: per sentence, so many predictions at most.
-        minima: per sentence, in so many first predictions ``eos`` is impossible.
-    """
-
-    pad: int
-    unk: int
-    eos: int
-    threshold: float
-    unk_penalty: float
-    limits: Sequence[int]
-    minima: Sequence[int]
+def _limits(constraints: Constraints) -> Limits:
+    return Limits(constraints.pad, constraints.unk, constraints.eos, constraints.unk_penalty)
 
 
 class PackedStack:
@@ -109,7 +92,8 @@ class PackedStack:
         )
         self._address = ctypes.addressof(self._struct)
         self._call = Call()
-        self._workspace = torch.empty(0)
+        self._x = self._workspace = torch.empty(0)
+        self._fitting: set[tuple[int, ...]] = set()  # sizes of calls that the workspace is large enough for
         self._logits, self._log_normalizer = torch.empty(0, 0), torch.empty(0)
 
     def reserve_positions(self, length: int) -> None:
@@ -158,7 +142,10 @@ class PackedStack:
         tokens: Sequence[int],
         layers: tuple[int, int],
         head: Head,
-        rules: DraftRules,
+        constraints: Constraints,
+        threshold: float,
+        most: Sequence[int],
+        minima: Sequence[int],
         keep: bool = False,
     ) -> list[list[tuple[int, float]]]:
         """Passes through some layers that each read what the one before has predicted.
@@ -166,31 +153,22 @@ class PackedStack:
         Args:
             state, sentences, tokens, layers, head, keep: as for :meth:`forward`; there is room in the state for what
                 is drafted.
-            rules: where a draft ends.
+            constraints: the symbols, and the penalty.
+            threshold: probability; a draft ends with the first token that is less likely.
+            most: per sentence, so many predictions at most.
+            minima: per sentence, in so many first predictions the end symbol is impossible.
 
         Returns:
             for each sentence its predictions: the best token and its log-probability (nats). The last one ends the
             draft and has not been read.
         """
-        count, steps = len(sentences[0]), max(rules.limits)
-        integers = array("q", [*rules.limits, *rules.minima])
+        count, steps = len(sentences[0]), max(most)
+        integers = array("q", [*most, *minima])
         integers.frombytes(bytes(8 * count * (2 + steps)))
         lprobs = array("f", bytes(4 * count * steps))
         first = integers.buffer_info()[0]
-        limits, minima, order, made, words = (first + 8 * count * i for i in range(5))
         draft = Draft(
-            steps=steps,
-            pad=rules.pad,
-            unk=rules.unk,
-            eos=rules.eos,
-            unk_penalty=rules.unk_penalty,
-            threshold=rules.threshold,
-            limits=limits,
-            minima=minima,
-            order=order,
-            made=made,
-            tokens=words,
-            lprobs=lprobs.buffer_info()[0],
+            _limits(constraints), threshold, steps, *(first + 8 * count * i for i in range(5)), lprobs.buffer_info()[0]
         )
         last = [end - 1 for end in accumulate(sentences[2])]
         call = self._prepare(state, sentences, tokens, layers, head, last, keep)
@@ -201,6 +179,42 @@ class PackedStack:
             words = integers[4 * count + begin : 4 * count + begin + length]
             result.append(list(zip(words, lprobs[begin : begin + length], strict=True)))
         return result
+
+    def judge(
+        self,
+        state: State,
+        sentences: tuple[Sequence[int], Sequence[int], Sequence[int]],
+        tokens: Sequence[int] | None,
+        layers: tuple[int, int],
+        head: Head,
+        constraints: Constraints,
+        standing: Sequence[int],
+        may_end: Sequence[bool],
+        keep: bool = False,
+    ) -> list[tuple[int, float, float]]:
+        """One pass through some layers, and what it says of the tokens that stand in the sentences.
+
+        Args:
+            state, sentences, tokens, layers, head, keep: as for :meth:`forward`.
+            constraints: the symbols, and the penalty.
+            standing: after each token of the pass, the one that stands there.
+            may_end: after each token of the pass, whether the end symbol is possible.
+
+        Returns:
+            for each token of the pass the best token after it, its log-probability (nats), and the log-probability of
+            the standing one.
+        """
+        total = len(standing)
+        integers = array("q", [*standing, *may_end])
+        integers.frombytes(bytes(8 * total))
+        lprobs = array("f", bytes(8 * total))
+        first, floats = integers.buffer_info()[0], lprobs.buffer_info()[0]
+        judgement = Judgement(
+            _limits(constraints), *(first + 8 * total * i for i in range(3)), floats, floats + 4 * total
+        )
+        call = self._prepare(state, sentences, tokens, layers, head, range(total), keep)
+        self._library.bild_judge(self._address, ctypes.addressof(state), call, ctypes.addressof(judgement))
+        return list(zip(integers[2 * total :], lprobs[:total], lprobs[total:], strict=True))
 
     def _prepare(
         self,
@@ -218,7 +232,10 @@ class PackedStack:
         predictions, count, total = len(selected), len(rows), sum(counts)
         integers = array("q", [*rows, *starts, *counts, *selected, *(tokens or ())])
         address = integers.buffer_info()[0]
-        x = torch.empty(total, self.dim) if x is None else x
+        if x is None:
+            if total * self.dim > self._x.numel():
+                self._x = torch.empty(2 * total * self.dim)
+            x = self._x
         call = self._call
         call.sentences = count
         call.rows, call.starts, call.counts = address, address + 8 * count, address + 16 * count
@@ -232,10 +249,13 @@ class PackedStack:
         call.threads = torch.get_num_threads()
         if predictions:
             self._reserve_logits(predictions, head.vocabulary.out)
-        size = self._library.bild_workspace(self._address, ctypes.addressof(state), ctypes.addressof(call))
-        if size > self._workspace.numel():
-            self._workspace = torch.empty(2 * size)
-            call.workspace = self._workspace.data_ptr()
+        sizes = (total, predictions, state.capacity, state.source_capacity, call.threads)
+        if sizes not in self._fitting:
+            size = self._library.bild_workspace(self._address, ctypes.addressof(state), ctypes.addressof(call))
+            if size > self._workspace.numel():
+                self._workspace = torch.empty(2 * size)
+                call.workspace = self._workspace.data_ptr()
+            self._fitting.add(sizes)
         self._alive = integers, x
         return ctypes.addressof(call)
 
