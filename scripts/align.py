@@ -19,6 +19,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ from common import (
 )
 from fairseq import options, tasks, utils
 from fairseq.checkpoint_utils import load_checkpoint_to_cpu
-from fairseq.data import FairseqDataset, indexed_dataset
+from fairseq.data import FairseqDataset, LanguagePairDataset, ListDataset, indexed_dataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.tasks import FairseqTask
@@ -104,6 +105,14 @@ def _parser() -> argparse.ArgumentParser:
     calibration = parser.add_argument_group("calibration set: what the large model writes")
     calibration.add_argument("--subset", default="train", help="the sources to learn from (default: train)")
     calibration.add_argument("--sample", type=int, metavar="N", help="only N of them, drawn at random")
+    calibration.add_argument(
+        "--splice",
+        type=int,
+        default=0,
+        metavar="N",
+        help="N more sources, each spliced from two that have two tokens in a row in common; a small corpus is soon "
+        "learned by heart, and what the large model makes of these is as good to learn from (default: 0)",
+    )
     calibration.add_argument("--valid-subset", default="valid", help="the sources to validate with (default: valid)")
     calibration.add_argument(
         "--valid-sample", type=int, default=2000, metavar="N", help="at most N of them, drawn at random (default: 2000)"
@@ -176,6 +185,8 @@ def check(args: argparse.Namespace) -> None:
             raise BildError(f"{_flag(name)} {getattr(args, name)}: give a number above 0")
     if args.distill_top < 0:
         raise BildError(f"--distill-top {args.distill_top}: give a number of words, 0 for all")
+    if args.splice < 0:
+        raise BildError(f"--splice {args.splice}: give a number of sources, 0 for none")
     if args.out.resolve() in (args.small.resolve(), args.large.resolve()):
         raise BildError(f"--out {args.out}: is one of the models that are read; name another file")
 
@@ -248,15 +259,21 @@ class Alignment:
         """Makes the calibration set: a data folder with the large model's outputs as targets."""
         args = self.args
         settings = {"--large": digest(args.large), "DATA-BIN": digest(*self._sources())}
-        names = ["subset", "sample", "valid_subset", "valid_sample", "truncate_source", "part", "seed"]
+        names = ["subset", "sample", "splice", "valid_subset", "valid_sample", "truncate_source", "part", "seed"]
         names += ["max_len_a", "max_len_b", "min_len", "no_repeat_ngram_size"]
         begin(self.calibration, settings | {_flag(name): getattr(args, name) for name in names})
         if self.data.exists():
             return
+        subsets = {"valid": (args.valid_subset, args.valid_sample), "train": (args.subset, args.sample)}
         pairs = {
-            "valid": self.translate(args.valid_subset, args.valid_sample),
-            "train": self.translate(args.subset, args.sample),
+            name: self.translate(subset, self.task.dataset(subset), self._sample(subset, count))
+            for name, (subset, count) in subsets.items()
         }
+        if args.splice:
+            sources = splices([source for source, _ in pairs["train"]], args.splice, self.limits.source, args.seed)
+            say(f"{len(sources)} more sources spliced from those of {args.subset}")
+            dataset = LanguagePairDataset(ListDataset(sources), list(map(len, sources)), self.task.source_dictionary)
+            pairs["train"] += self.translate("spliced", dataset, range(len(sources)))
         making = self.data.with_suffix(".making")
         shutil.rmtree(making, ignore_errors=True)
         self._make_folder(making)
@@ -270,21 +287,26 @@ class Alignment:
         os.replace(making, self.data)
         self._writer = None  # training needs the memory
 
-    def translate(self, subset: str, count: int | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Sources, and what the large model makes of them; parts that are done are read back."""
-        dataset = self.task.dataset(subset)
-        ids = self._sample(subset, count)
+    def translate(
+        self, name: str, dataset: LanguagePairDataset, ids: Sequence[int]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Sources of a dataset, and what the large model makes of them; parts that are done are read back.
+
+        Args:
+            name: of the parts' files.
+            dataset: has the sources.
+            ids: which of them.
+        """
         if too_long := int((dataset.src_sizes > self.limits.source).sum()):
-            say(f"{subset}: {too_long} sources have more than {self.limits.source} tokens and are left out")
+            say(f"{name}: {too_long} sources have more than {self.limits.source} tokens and are left out")
         parts = [ids[i : i + self.args.part] for i in range(0, len(ids), self.args.part)]
         rows = []
         for number, part in enumerate(parts):
-            name = f"{subset}-{number:05d}"
-            path = self.calibration / "parts" / f"{name}.json"
+            path = self.calibration / "parts" / f"{name}-{number:05d}.json"
             if not path.exists():
-                say(f"the large model writes {subset}, part {number + 1} of {len(parts)}")
+                say(f"the large model writes {name}, part {number + 1} of {len(parts)}")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._translate_part(path, subset, part)
+                self._translate_part(path, dataset, part)
             targets = json.loads(path.read_text(encoding="utf-8"))
             rows += zip([dataset.src[i] for i in part], map(torch.tensor, targets), strict=True)
         return rows
@@ -305,7 +327,9 @@ class Alignment:
             updates = count_updates(task_like(self.task, self.data), parse_train_flags(flags))
             flags += ["--lr-scheduler", "polynomial_decay", "--total-num-update", str(updates)]
             flags += ["--warmup-updates", str(max(1, updates // 20))]
-        status = subprocess.run(program("train", *flags)).returncode
+        # glibc would return the large arrays of every update to the system and have them zeroed anew for the next one.
+        keep_memory = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+        status = subprocess.run(program("train", *flags), env=keep_memory | os.environ).returncode
         if status:
             raise BildError(f"fairseq-train ended with status {status}; its log is {self.training / 'train.log'}")
         done.touch()
@@ -432,9 +456,9 @@ class Alignment:
         for language in (self.source, self.target):
             shutil.copy(self.args.data / f"dict.{language}.txt", folder)
 
-    def _translate_part(self, path: Path, subset: str, ids: Sequence[int]) -> None:
+    def _translate_part(self, path: Path, dataset: LanguagePairDataset, ids: Sequence[int]) -> None:
         """Has the large model write its outputs for some sources: a JSON list of token numbers for each."""
-        args, dataset = self.args, self.task.dataset(subset)
+        args = self.args
         if self._writer is None:
             large = load_model(str(args.large), self.task, args)
             self._writer = ours("greedy", [large], self.task, search_options(args), alone=True)
@@ -500,6 +524,37 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(settings, indent=1) + "\n")
+
+
+def splices(sources: Sequence[torch.Tensor], count: int, longest: int, seed: int) -> list[torch.Tensor]:
+    """New sources: the beginning of one and the end of another, joined where both have the same two tokens.
+
+    Args:
+        sources: token numbers with the end symbol.
+        count: how many to make; fewer come out if there are not so many.
+        longest: tokens of a new source at most, end symbol included.
+        seed: of the choice.
+    """
+    generator = random.Random(seed)
+    rows = [source.tolist() for source in generator.sample(list(sources), min(len(sources), 100_000))]
+    ends: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        for position in range(2, len(row)):
+            ends[row[position - 2], row[position - 1]].append((number, position))
+    made: dict[tuple[int, ...], None] = {}
+    old = set(map(tuple, rows))
+    for _ in range(20 * count):
+        if len(made) == count:
+            break
+        row = generator.choice(rows)
+        if len(row) < 3:
+            continue
+        position = generator.randrange(2, len(row))
+        other, start = generator.choice(ends[row[position - 2], row[position - 1]])
+        spliced = (*row[:position], *rows[other][start:])
+        if len(spliced) <= longest and spliced not in old:
+            made[spliced] = None
+    return list(map(torch.tensor, made))
 
 
 def write_tokens(prefix: Path, rows: Sequence[torch.Tensor]) -> None:

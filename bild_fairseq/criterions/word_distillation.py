@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from fairseq import checkpoint_utils, utils
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
@@ -90,55 +89,55 @@ class WordDistillationCrossEntropyCriterion(FairseqCriterion):
             (loss, sample size, logging output), as of fairseq's criterions. The logging output holds sums over the
             batch, in nats, so that those of several batches or workers add up.
         """
-        output = model(**sample["net_input"])
-        target = model.get_targets(sample, output).reshape(-1)
-        lprobs = _flat_lprobs(model, output)
-        padding = target.eq(self.padding_idx)
-        nll_loss = F.nll_loss(lprobs, target, ignore_index=self.padding_idx, reduction="none")
-        kl = self._divergence(model, lprobs, padding, sample)
+        target = sample["target"]
+        kept = target.ne(self.padding_idx)  # (batch, time)
+        logits = _logits(model, sample, kept)
+        normalizer = logits.logsumexp(-1)
+        standing = logits.gather(1, target[kept][:, None]).squeeze(1)
+        nll_loss = normalizer - standing
+        words, probs, negative_entropy = self._teacher_words(model, sample, kept)
+        learned = logits if words is None else logits.gather(1, words)
+        kl = negative_entropy + normalizer * probs.sum(-1) - (probs * learned).sum(-1)
         loss = (1 - self.teacher_weight) * nll_loss + self.teacher_weight * kl
-        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        sample_size = target.size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {
             "loss": loss.detach().sum(),
             "nll_loss": nll_loss.detach().sum(),
             "teacher_kl": kl.detach().sum(),
-            "n_correct": (lprobs.argmax(-1).eq(target) & ~padding).sum(),
+            "n_correct": standing.detach().eq(logits.detach().amax(-1)).sum(),
             "ntokens": sample["ntokens"],
-            "nsentences": sample["target"].size(0),
+            "nsentences": target.size(0),
             "sample_size": sample_size,
         }
-        return loss.sum() if reduce else loss, sample_size, logging_output
-
-    def _divergence(self, model, lprobs, padding, sample):
-        """KL(teacher || model) at each position, (batch * time,); the gradient reaches the model only."""
-        if self.teacher_top:
-            words, probs = self._top_words(model, padding, sample)  # (tokens, top)
-            probs = probs.to(lprobs.dtype)
-            kept = (~padding).nonzero()  # (tokens, 1)
-            kl = (torch.xlogy(probs, probs) - probs * lprobs[kept, words]).sum(-1)
-            return torch.zeros_like(lprobs[:, 0]).masked_scatter(~padding, kl)
-        with torch.no_grad():
-            teacher_lprobs = self._teacher_lprobs(model, sample)
-            probs = teacher_lprobs.exp()
-            negative_entropy = (probs * teacher_lprobs).sum(-1)
-        # Apart from its gradient the same as F.kl_div, whose passes over the vocabulary cost more.
-        return (negative_entropy - (probs * lprobs).sum(-1)).masked_fill(padding, 0.0)
+        if reduce:
+            return loss.sum(), sample_size, logging_output
+        return loss.new_zeros(target.numel()).masked_scatter(kept.flatten(), loss), sample_size, logging_output
 
     @torch.no_grad()
-    def _teacher_lprobs(self, model, sample):
+    def _teacher_words(self, model, sample, kept):
+        """What to learn from at each position: words (tokens, k), None for all; their probabilities; sum of p log p."""
+        if self.teacher_top:
+            words, probs = self._top_words(model, sample, kept)
+            return words, probs, torch.xlogy(probs, probs).sum(-1)
+        lprobs = self._teacher_lprobs(model, sample, kept)
+        probs = lprobs.exp()
+        return None, probs, (probs * lprobs).sum(-1)
+
+    @torch.no_grad()
+    def _teacher_lprobs(self, model, sample, kept):
         (teacher,) = self._teacher
         parameter = next(model.parameters())
         teacher.to(device=parameter.device, dtype=parameter.dtype)
-        return _flat_lprobs(teacher, teacher(**sample["net_input"]))
+        return _logits(teacher, sample, kept).log_softmax(-1)
 
-    def _top_words(self, model, padding, sample):
+    def _top_words(self, model, sample, kept):
         """The teacher's most probable words after each token that is no padding, and their probabilities."""
         target = sample["target"]
         sources = _without(sample["net_input"]["src_tokens"], self.padding_idx)
         targets = _without(target, self.padding_idx)
         keys = [(source.tobytes(), words.tobytes()) for source, words in zip(sources, targets, strict=True)]
         if not all(key in self._remembered for key in keys):
-            probs, words = self._teacher_lprobs(model, sample)[~padding].exp().topk(self.teacher_top)
+            probs, words = self._teacher_lprobs(model, sample, kept).exp().topk(self.teacher_top)
             probs = probs / probs.sum(-1, keepdim=True)
             lengths = list(map(len, targets))
             for key, *parts in zip(keys, words.int().split(lengths), probs.half().split(lengths), strict=True):
@@ -167,9 +166,12 @@ def _without(tokens, padding):
     return [row[row != padding] for row in tokens.cpu().numpy()]
 
 
-def _flat_lprobs(model, output):
-    lprobs = model.get_normalized_probs(output, log_probs=True)
-    return lprobs.reshape(-1, lprobs.size(-1))
+def _logits(model, sample, kept):
+    """What a model predicts where ``kept`` (batch, time) is true: float32 (tokens, vocab)."""
+    if model.decoder.adaptive_softmax is not None:
+        raise BildError("--adaptive-softmax-cutoff: a model with it cannot be distilled")
+    features, _ = model(**sample["net_input"], features_only=True)  # (batch, time, dim)
+    return model.decoder.output_layer(features[kept]).float()
 
 
 def _load_teacher(path, task):
