@@ -151,26 +151,16 @@ static inline __attribute__((always_inline)) vec load(int type, const void *weig
 #define SUMS (2 * ROWS > 8 ? 2 * ROWS : 8)
 typedef vec Sums[SUMS]; /* (panels, rows, 2) */
 
-/* Which weights a product fetches for later ones: those that lie so many bytes ahead, of each step-th burst of inputs,
- * from the first one on. Where several products use the same weights one after the other, they share the fetching. */
-typedef struct {
-    int64_t ahead; /* 0 for none */
-    int64_t first, step;
-} Fetch;
-
-static const Fetch NOTHING = {0, 0, 1};
-
 /* sums[(q rows + r) 2 ..] = sum_i x[r][i] * weight[q distance + i stride ..], for one panel q or several. */
 static inline __attribute__((always_inline)) void multiply_rows(int panels, int rows, int type, const float *x,
                                                                 int64_t ldx, int64_t in, const void *weight,
-                                                                int64_t stride, int64_t distance, Fetch fetch,
-                                                                Sums sums) {
+                                                                int64_t stride, int64_t distance, Sums sums) {
     Sums s;
     for (int j = 0; j < panels * rows * 2; j++) s[j] = (vec){0};
-    for (int64_t i = 0, burst = 0; i < in; burst++) {
-        if (fetch.ahead && burst % fetch.step == fetch.first)
+    for (int64_t i = 0; i < in;) {
+        if (rows > 1) /* with one row memory is busy anyway, and the processor's own guesses do better */
             for (int q = 0; q < panels; q++) {
-                const char *ahead = (const char *)weight + (q * distance + i * stride) * weight_size(type) + fetch.ahead;
+                const char *ahead = (const char *)weight + (q * distance + i * stride) * weight_size(type) + AHEAD;
                 for (int line = 0; line < BURST * PANEL * weight_size(type); line += 64) __builtin_prefetch(ahead + line);
             }
         for (int64_t end = i + BURST < in ? i + BURST : in; i < end; i++) {
@@ -195,10 +185,9 @@ static inline __attribute__((always_inline)) void multiply_rows(int panels, int 
 static inline int64_t abreast(int64_t rows) { return rows == 1 ? 4 : rows <= WIDE ? 2 : 1; }
 
 static inline __attribute__((always_inline)) void multiply_type(int type, int64_t panels, int64_t rows, const float *x,
-                                                                int64_t ldx, int64_t in, const void *panel, Fetch fetch,
-                                                                Sums sums) {
+                                                                int64_t ldx, int64_t in, const void *panel, Sums sums) {
 #define CASE(PANELS, N) \
-    case PANELS * 16 + N: multiply_rows(PANELS, N, type, x, ldx, in, panel, PANEL, in * PANEL, fetch, sums); break;
+    case PANELS * 16 + N: multiply_rows(PANELS, N, type, x, ldx, in, panel, PANEL, in * PANEL, sums); break;
     switch (panels * 16 + rows) { /* constant numbers keep the sums in registers */
         CASE(4, 1)
         CASE(2, 1)
@@ -227,15 +216,15 @@ static inline __attribute__((always_inline)) void multiply_type(int type, int64_
 }
 
 static void multiply(int64_t type, int64_t panels, int64_t rows, const float *x, int64_t ldx, int64_t in,
-                     const void *panel, Fetch fetch, Sums sums) {
+                     const void *panel, Sums sums) {
     if (type == FLOAT32)
-        multiply_type(FLOAT32, panels, rows, x, ldx, in, panel, fetch, sums);
+        multiply_type(FLOAT32, panels, rows, x, ldx, in, panel, sums);
     else if (type == FLOAT16)
-        multiply_type(FLOAT16, panels, rows, x, ldx, in, panel, fetch, sums);
+        multiply_type(FLOAT16, panels, rows, x, ldx, in, panel, sums);
     else if (type == BFLOAT16)
-        multiply_type(BFLOAT16, panels, rows, x, ldx, in, panel, fetch, sums);
+        multiply_type(BFLOAT16, panels, rows, x, ldx, in, panel, sums);
     else
-        multiply_type(INT8, panels, rows, x, ldx, in, panel, fetch, sums);
+        multiply_type(INT8, panels, rows, x, ldx, in, panel, sums);
 }
 
 static inline vec vec_exp(vec x) {
@@ -290,18 +279,14 @@ static inline void finish(const Linear *l, int64_t p, const vec *sums, float *y,
 static void linear(const Linear *l, const float *x, int64_t ldx, int64_t rows, float *y, int64_t ldy,
                    const float *residual, int activation, int64_t threads) {
     int64_t panels = (l->out + PANEL - 1) / PANEL, thread = omp_get_thread_num();
-    int64_t end = share(panels, thread + 1, threads), count, size = l->in * PANEL * weight_size(l->type);
-    /* Rows that do not fit in registers together take turns. */
-    int64_t turns = (rows + ROWS - 1) / ROWS;
-    /* With one row memory is busy anyway, and the processor's own guesses do better. */
-    int64_t ahead = rows == 1 ? 0 : turns == 1 ? AHEAD : size;
+    int64_t end = share(panels, thread + 1, threads), count;
     for (int64_t p = share(panels, thread, threads); p < end; p += count) {
         for (count = abreast(rows); count > end - p; count /= 2) continue;
-        const char *weight = (const char *)l->weight + p * size;
-        for (int64_t turn = 0; turn < turns; turn++) {
-            int64_t r0 = turn * ROWS, n = rows - r0 < ROWS ? rows - r0 : ROWS;
+        const char *weight = (const char *)l->weight + p * l->in * PANEL * weight_size(l->type);
+        for (int64_t r0 = 0; r0 < rows; r0 += ROWS) {
+            int64_t n = rows - r0 < ROWS ? rows - r0 : ROWS;
             Sums sums;
-            multiply(l->type, count, n, x + r0 * ldx, ldx, l->in, weight, (Fetch){ahead, turn, turns}, sums);
+            multiply(l->type, count, n, x + r0 * ldx, ldx, l->in, weight, sums);
             for (int64_t q = 0; q < count; q++)
                 for (int64_t r = 0; r < n; r++)
                     finish(l, p + q, sums + (q * n + r) * 2, y + (r0 + r) * ldy,
@@ -381,13 +366,13 @@ static void attend(const float *query, const float *keys, const float *values, i
     float scale = 1.0f / sqrtf((float)head_dim);
     Sums sums;
     for (int64_t t = 0; t < n; t += PANEL) {
-        multiply_rows(1, 1, FLOAT32, query, 0, head_dim, keys + t, capacity, 0, NOTHING, sums);
+        multiply_rows(1, 1, FLOAT32, query, 0, head_dim, keys + t, capacity, 0, sums);
         *(vec *)(scores + t) = sums[0] * scale;
         *(vec *)(scores + t + LANES) = sums[1] * scale;
     }
     softmax(scores, n);
     for (int64_t d = 0; d < head_dim; d += PANEL) {
-        multiply_rows(1, 1, FLOAT32, scores, 0, n, values + d, head_dim, 0, NOTHING, sums);
+        multiply_rows(1, 1, FLOAT32, scores, 0, n, values + d, head_dim, 0, sums);
         int64_t width = head_dim - d < PANEL ? head_dim - d : PANEL;
         memcpy(out + d, sums, width * sizeof(float));
     }
