@@ -4,6 +4,7 @@ Training runs as in use, but forked from a warm interpreter (see cli_support), w
 """
 
 import json
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -54,7 +55,8 @@ class Aligner:
             raise KeyboardInterrupt
         self.started.append(step)
 
-    def _run(self, command: list[str]) -> subprocess.CompletedProcess:
+    def _run(self, command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
+        assert env.items() >= os.environ.items()
         python, module, program, *arguments = command
         assert (python, module, program) == (sys.executable, "-m", "fairseq_cli.train")
         self._begin("train")
@@ -163,6 +165,32 @@ def test_distillation_from_the_large_model(aligner, corpus, top):  # noqa: F811
     assert aligner.out.stat().st_size < (aligner.work / "training" / "checkpoint_last.pt").stat().st_size / 4
 
 
+def test_spliced_sources_join_the_calibration_set(aligner):
+    """They come after the corpus's own, and the large model translates them like any others."""
+    aligner.break_off = lambda step, count: step == "train"
+    with pytest.raises(KeyboardInterrupt):
+        aligner()
+    plain = aligner.calibration_set()
+    aligner.work = aligner.folder / "spliced"
+    with pytest.raises(KeyboardInterrupt):
+        aligner("--splice", 40)
+    assert aligner.started == ["part"] * 4
+    rows = aligner.calibration_set()
+    assert rows[: len(plain)] == plain
+    sources = {tuple(source) for source, _ in plain}
+    more = [tuple(source) for source, _ in rows[len(plain) :]]
+    assert 30 < len(more) <= 40 and sources.isdisjoint(more)
+
+
+def test_splices_join_where_two_tokens_are_the_same():
+    rows = [torch.tensor(row) for row in ([5, 6, 7, 8, 2], [9, 6, 7, 10, 11, 2], [4, 2], [2])]
+    made = [tuple(row.tolist()) for row in align.splices(rows, 10, longest=99, seed=1)]
+    assert sorted(made) == [(5, 6, 7, 10, 11, 2), (9, 6, 7, 8, 2)]
+    assert [tuple(row.tolist()) for row in align.splices(rows, 1, longest=99, seed=1)] == made[:1]
+    assert [tuple(row.tolist()) for row in align.splices(rows, 10, longest=5, seed=1)] == [(9, 6, 7, 8, 2)]
+    assert align.splices(rows[2:], 10, longest=99, seed=1) == []
+
+
 def test_outputs_without_an_end_are_left_out(aligner):
     """With room for three words, longer outputs are cut; the end that fairseq puts there is nothing to learn."""
     aligner.break_off = lambda step, count: step == "train"
@@ -222,6 +250,7 @@ def test_a_model_that_flags_cannot_build_is_refused():
         (["--small", "missing.pt"], "--small missing.pt: no such file"),
         (["--distill", 1.5], "--distill 1.5: give a number from 0 to 1"),
         (["--sample", 0], "--sample 0: give a number above 0"),
+        (["--splice", -1], "--splice -1: give a number of sources"),
         (["--subset", "nothing"], "has no nothing; see --subset"),
         (["--reference", "missing.txt"], "--reference missing.txt: cannot read it"),
     ],

@@ -175,6 +175,10 @@ def test_what_cannot_be_used_is_refused(setting, corpus, tmp_path):  # noqa: F81
             setting.criterion(weight)
     with pytest.raises(BildError, match="--teacher-top -1"):
         setting.criterion(top=-1)
+    criterion = setting.criterion()
+    setting.student.decoder.adaptive_softmax = torch.nn.Identity()
+    with pytest.raises(BildError, match="--adaptive-softmax-cutoff"):
+        criterion(setting.student, setting.sample())
     setting.path = str(tmp_path / "missing.pt")
     with pytest.raises(BildError, match="--teacher-path .*no such file"):
         setting.criterion()
