@@ -21,6 +21,9 @@ from bild_fairseq.errors import BildError
 
 align = script("align")
 
+# Long enough to learn something whatever the rounding of a machine's sums.
+LEARNS = ["--epochs", 10]
+
 
 class Aligner:
     """Runs the script on a corpus and writes down what it did: "part" (of the calibration set), "train"."""
@@ -84,7 +87,7 @@ def greedy_outputs(corpus: Corpus, split: str) -> dict[tuple[str, ...], str]:  #
 
 
 def test_from_two_models_to_an_aligned_one(aligner, corpus, capsys):  # noqa: F811
-    report = aligner()
+    report = aligner(*LEARNS)
     assert aligner.started == ["part", "part", "part", "train"]
     task = corpus.task()
     for split, count in (("train", 150), ("valid", 15)):
@@ -105,7 +108,7 @@ def test_from_two_models_to_an_aligned_one(aligner, corpus, capsys):  # noqa: F8
     assert f"{report['agreement']['after']:.1%}" in capsys.readouterr().out
 
     # Done is done: the same command starts nothing, and measures nothing anew.
-    assert aligner() == report
+    assert aligner(*LEARNS) == report
     assert aligner.started == []
 
     state = torch.load(aligner.out, weights_only=True)
@@ -153,8 +156,8 @@ def test_changed_settings_are_noticed(aligner, corpus):  # noqa: F811
 
 @pytest.mark.parametrize("top", [0, 5])
 def test_distillation_from_the_large_model(aligner, corpus, top):  # noqa: F811
-    report = aligner("--distill", 0.5, "--distill-top", top, "--half")
-    assert report["agreement"]["after"] > report["agreement"]["before"]
+    report = aligner(*LEARNS, "--distill", 0.5, "--distill-top", top, "--half")
+    assert report["agreement"]["after"] > report["agreement"]["before"] + 0.05
     log = (aligner.work / "training" / "train.log").read_text()
     assert "| teacher_kl " in log
     trained = torch.load(aligner.work / "training" / "checkpoint_last.pt", weights_only=False)
@@ -162,7 +165,7 @@ def test_distillation_from_the_large_model(aligner, corpus, top):  # noqa: F811
     assert trained["criterion"] is None
     weights = torch.load(aligner.out, weights_only=True)["model"].values()
     assert {weight.dtype for weight in weights if weight.is_floating_point()} == {torch.float16}
-    assert aligner.out.stat().st_size < (aligner.work / "training" / "checkpoint_last.pt").stat().st_size / 4
+    assert aligner.out.stat().st_size < (aligner.work / "training" / "checkpoint_last.pt").stat().st_size / 3
 
 
 def test_spliced_sources_join_the_calibration_set(aligner):
