@@ -128,10 +128,9 @@ class BildGenerator:
         """
         if constraints is not None:
             raise BildError("lexical constraints are not supported; leave --constraints out")
-        net_input = {name: value for name, value in sample["net_input"].items() if name != "prev_output_tokens"}
-        batch, width = net_input["src_tokens"].shape
-        limits, source_lengths = self._limits(net_input, width)
-        large, small = self._readers(net_input, batch)
+        batch, width = sample["net_input"]["src_tokens"].shape
+        limits, source_lengths = self._limits(sample["net_input"], width)
+        large, small = self.readers(sample)
         sentences = decode(
             large,
             small,
@@ -145,6 +144,28 @@ class BildGenerator:
             [self._hypothesis(sentence, None if source_lengths is None else source_lengths[row])]
             for row, sentence in enumerate(sentences)
         ]
+
+    @torch.no_grad()
+    def readers(self, sample: dict[str, Any]) -> tuple[EnsembleReader, EnsembleReader | None]:
+        """Runs the encoders; returns the large reader and the small one, if there is one, for ``decode``.
+
+        Args:
+            sample: as for :meth:`generate`.
+        """
+        net_input = {name: value for name, value in sample["net_input"].items() if name != "prev_output_tokens"}
+        batch = net_input["src_tokens"].size(0)
+        large, small = [], [member.reader(net_input, batch) for member in self._small]
+        for member in self._large:
+            if self._exit_layer is None:
+                large.append(member.reader(net_input, batch))
+            elif self._alone:
+                large.append(member.reader(net_input, batch, self._exit_layer))
+            else:
+                shallow = member.exit_reader(net_input, batch, self._exit_layer)
+                small.append(shallow)
+                large.append(ResumeReader(shallow))
+        temperature = self.options.temperature
+        return EnsembleReader(large, temperature), EnsembleReader(small, temperature) if small else None
 
     def counters(self) -> Counters:
         """The sum over all sentences generated so far."""
@@ -200,21 +221,6 @@ class BildGenerator:
             end = next((i + 1 for i, token in enumerate(tokens[:length]) if token == self.eos), length)
             prefixes.append(tokens[:end])
         return prefixes
-
-    def _readers(self, net_input: dict[str, Any], batch: int) -> tuple[EnsembleReader, EnsembleReader | None]:
-        """Runs the encoders; returns the large reader and the small one."""
-        large, small = [], [member.reader(net_input, batch) for member in self._small]
-        for member in self._large:
-            if self._exit_layer is None:
-                large.append(member.reader(net_input, batch))
-            elif self._alone:
-                large.append(member.reader(net_input, batch, self._exit_layer))
-            else:
-                shallow = member.exit_reader(net_input, batch, self._exit_layer)
-                small.append(shallow)
-                large.append(ResumeReader(shallow))
-        temperature = self.options.temperature
-        return EnsembleReader(large, temperature), EnsembleReader(small, temperature) if small else None
 
     def _record(self, sample: dict[str, Any], sentences: Sequence[Sentence]) -> None:
         ids = sample.get("id")

@@ -49,8 +49,8 @@ class _Tracing(BildGenerator):
 
     calls: list[Call]
 
-    def _readers(self, net_input: dict[str, Any], batch: int):
-        large, small = super()._readers(net_input, batch)
+    def readers(self, sample: dict[str, Any]):
+        large, small = super().readers(sample)
         self.calls = []
         recorded = _Recorder(small, False, self.calls) if small is not None else None
         return _Recorder(large, True, self.calls), recorded
@@ -67,8 +67,7 @@ def traced(generator: BildGenerator, sample: dict[str, Any]) -> list[Call]:
 @torch.no_grad()
 def replay(generator: BildGenerator, sample: dict[str, Any], calls: Sequence[Call]) -> None:
     """Runs the encoders and the recorded forward passes again, over the same tokens, and nothing else."""
-    net_input = {name: value for name, value in sample["net_input"].items() if name != "prev_output_tokens"}
-    large, small = generator._readers(net_input, net_input["src_tokens"].size(0))
+    large, small = generator.readers(sample)
     for is_large, tokens, rows, consumed, last_only in calls:
         reader = large if is_large else small
         for row in rows:

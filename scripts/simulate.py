@@ -3,26 +3,24 @@
 What a setting does next depends on five values only: the best token of the small model after the tokens so far and
 its probability, the best token of the large model, and how unlikely the large model finds the small one's. All
 settings start from the same place and mostly write the same tokens, so few such predictions serve thousands of
-settings. They are read from a teacher-forced pass over whole sentences, in which each position costs next to nothing.
+settings. They are read from a teacher-forced pass over what one setting has written, in which a position costs little.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
 
 import torch
-from common import Method, parse_precision, search_options
+from common import Method, search_options
 from fairseq import utils
 from fairseq.tasks import FairseqTask
 from torch import Tensor
 
-from bild_fairseq.decode import Policy
-from bild_fairseq.generator import BildGenerator
-from bild_fairseq.precision import rounded_copy
+from bild_fairseq.constraints import Constraints
+from bild_fairseq.decode import Policy, Reader, decode
 from bild_fairseq.stats import Counters
 
 LOGITS_BYTES = 1 << 28  # a pass over many sentences is cut so that its logits take less
@@ -117,27 +115,21 @@ class Recorder:
         batch_size: sentences in one pass.
 
     Attributes:
-        roots: per sentence the predictions for its first token; None until recorded.
+        roots: per sentence the predictions for its first token, once they are recorded.
     """
 
     def __init__(
         self, task: FairseqTask, method: Method, args: argparse.Namespace, ids: Sequence[int], batch_size: int
     ):
-        models = [method.large, *method.small]
-        self.roots: dict[int, Prediction | None] = dict.fromkeys(ids)
+        self.roots: dict[int, Prediction] = {}
+        self._ids = ids
+        self.batch_size = batch_size
         self._dataset = task.dataset(args.subset)
-        # The models that the generators decode with, as fairseq's own.
-        self._exit_layer = method.exit_layer
-        precision, small_precision = parse_precision(method.precision)
-        self._large = rounded_copy(method.large, precision)
-        self._small = [rounded_copy(model, small_precision) for model in method.small]
         self._dictionary = task.target_dictionary
         self._search = search_options(args)
         self._cuda = args.cuda
-        self.batch_size = batch_size
-        self._longest = min(model.max_decoder_positions() for model in models) - 1
-        self._greedy = method.greedy(task, self._search)
-        self._bild = method.generator(task, self._search)
+        self._longest = min(model.max_decoder_positions() for model in (method.large, *method.small)) - 1
+        self._generator = method.generator(task, self._search)
 
     def record_greedy(self, progress: Callable[[int], None] = lambda count: None) -> None:
         """Records every sentence along the large model's greedy output, from which most settings differ little.
@@ -145,8 +137,8 @@ class Recorder:
         Args:
             progress: called with the number of sentences after each batch.
         """
-        for chunk in self._chunks([(i, ()) for i, root in self.roots.items() if root is None]):
-            self._record(self._complete(self._greedy, chunk))
+        for chunk in self._chunks((i, ()) for i in self._ids if i not in self.roots):
+            self._record(chunk, None)
             progress(len(chunk))
 
     def extend(self, missing: Iterable[tuple[int, Sequence[int]]], policy: Policy) -> None:
@@ -156,15 +148,14 @@ class Recorder:
             missing: pairs of a sentence and its tokens so far.
             policy: one in the middle of those that will be walked, so that they often write the same.
         """
-        self._bild.policy = policy
         for chunk in self._chunks({(i, tuple(tokens)) for i, tokens in missing}):
-            self._record(self._complete(self._bild, chunk))
+            self._record(chunk, policy)
 
     def dump(self) -> dict[str, list]:
         """All predictions as plain lists, for JSON; places follow the place that they come after."""
         found = {}
         for i, root in self.roots.items():
-            rows, stack = [], [(-1, -1, root)] if root else []
+            rows, stack = [], [(-1, -1, root)]
             while stack:
                 parent, token, place = stack.pop()
                 values = (place.small_token, place.small_probability, place.large_token, place.nats)
@@ -181,95 +172,93 @@ class Recorder:
                 places.append(Prediction(*values))
                 if parent >= 0:
                     places[parent].after[token] = places[-1]
-            self.roots[int(i)] = places[0] if places else None
+            self.roots[int(i)] = places[0]
 
     def _chunks(self, jobs: Iterable[tuple[int, tuple[int, ...]]]) -> list[list[tuple[int, tuple[int, ...]]]]:
-        """Jobs of like length together."""
-        jobs = sorted(jobs, key=lambda job: (len(job[1]), self._dataset.src_sizes[job[0]], job))
+        """Jobs with sources of like length together."""
+        jobs = sorted(jobs, key=lambda job: (self._dataset.src_sizes[job[0]], job))
         return [jobs[start : start + self.batch_size] for start in range(0, len(jobs), self.batch_size)]
 
-    def _collate(self, jobs: Sequence[tuple[int, Sequence[int]]]) -> dict[str, Any]:
-        """A batch whose ids number the jobs, with the jobs' tokens as targets."""
-        items = [
-            {**self._dataset[i], "id": number, "target": torch.tensor([*tokens] or [self._dictionary.eos()])}
-            for number, (i, tokens) in enumerate(jobs)
-        ]
-        batch = self._dataset.collater(items)
-        return utils.move_to_cuda(batch) if self._cuda else batch
-
-    def _complete(
-        self, generator: BildGenerator, jobs: Sequence[tuple[int, tuple[int, ...]]]
-    ) -> list[tuple[int, list[int]]]:
-        """Whole sentences that start with the jobs' tokens."""
-        batch = self._collate(jobs)
-        prefixes = batch["target"] if jobs[0][1] else None
-        hypotheses = generator.generate([], batch, prefix_tokens=prefixes)
-        numbers = batch["id"].tolist()
-        return [(jobs[n][0], hypos[0]["tokens"].tolist()) for n, hypos in zip(numbers, hypotheses, strict=True)]
-
     @torch.no_grad()
-    def _record(self, sentences: Sequence[tuple[int, list[int]]]) -> None:
-        width = max(len(tokens) for _, tokens in sentences)
-        rows = max(1, LOGITS_BYTES // (4 * width * len(self._dictionary)))
-        for start in range(0, len(sentences), rows):
-            chunk = sentences[start : start + rows]
-            batch = self._collate(chunk)
-            numbers = batch["id"].tolist()
-            small, large = self._log_probabilities(batch["net_input"])
-            for lprobs in (small, large):
-                for row, number in enumerate(numbers):
-                    self._limit(lprobs[row], *chunk[number])
-            small_lprob, small_token = small.max(dim=-1)
-            nats = -large.gather(-1, small_token[..., None]).squeeze(-1)
-            columns = [x.tolist() for x in (small_token, small_lprob.exp(), large.argmax(dim=-1), nats)]
-            for row, number in enumerate(numbers):
-                self._insert(
-                    *chunk[number],
-                    [Prediction(*values) for values in zip(*(column[row] for column in columns), strict=True)],
-                )
-
-    def _log_probabilities(self, net_input: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Of the small model and the large one, each (batch, time, vocab) in float32."""
-        if self._exit_layer is not None:
-            logits, extra = self._large(**net_input, return_exit_logits=True)
-            small = [extra["exit_logits"][self._exit_layer]]
-        else:
-            logits, _ = self._large(**net_input)
-            small = [model(**net_input)[0] for model in self._small]
-        members = torch.stack([torch.log_softmax(member.float(), dim=-1) for member in small])
-        mean = members[0] if len(small) == 1 else torch.logsumexp(members, dim=0) - math.log(len(small))
-        return mean, torch.log_softmax(logits.float(), dim=-1)
-
-    def _limit(self, lprobs: Tensor, sentence: int, tokens: Sequence[int]) -> None:
-        """What holds for both models at each place of a sentence, as in fairseq, in place.
+    def _record(self, jobs: Sequence[tuple[int, tuple[int, ...]]], policy: Policy | None) -> None:
+        """Completes sentences and keeps what both models predict along the new part.
 
         Args:
-            lprobs: (time, vocab), the predictions for each token and perhaps padding.
-            sentence: its number.
-            tokens: that the predictions are for.
+            jobs: pairs of a sentence and the tokens that it starts with.
+            policy: what they are completed with; None for the large model's greedy choice.
         """
-        eos, search = self._dictionary.eos(), self._search
-        longest, history = self._max_len(sentence), [eos, *tokens]
-        only_end = lprobs[longest:, eos].clone()
-        lprobs[:, self._dictionary.pad()] = -math.inf
-        lprobs[: search.min_len, eos] = -math.inf
-        if size := search.no_repeat_ngram_size:
-            for position in range(len(tokens)):
-                # Every token that has followed the last size - 1 ones before.
-                last = tuple(history[position + 2 - size : position + 1])
-                for start in range(position + 2 - size):
-                    if tuple(history[start : start + size - 1]) == last:
-                        lprobs[position, history[start + size - 1]] = -math.inf
-        lprobs[longest:] = -math.inf
-        lprobs[longest:, eos] = only_end
+        batch = self._dataset.collater([{**self._dataset[i], "id": number} for number, (i, _) in enumerate(jobs)])
+        jobs = [jobs[number] for number in batch["id"].tolist()]
+        large, small = self._generator.readers(utils.move_to_cuda(batch) if self._cuda else batch)
+        limits = [self._limits(i) for i, _ in jobs]
+        written = decode(
+            large,
+            small if policy else None,
+            self._dictionary.eos(),
+            [tokens for _, tokens in jobs],
+            policy or Policy(),
+            max(limits, key=lambda limit: limit.max_len),
+        )
+        # Nothing follows the last token, the end symbol.
+        tokens = [sentence.tokens[:-1] for sentence in written]
+        rows = max(1, LOGITS_BYTES // (4 * max(map(len, tokens)) * len(self._dictionary)))
+        for start in range(0, len(jobs), rows):
+            chunk = range(start, min(start + rows, len(jobs)))
+            for row in chunk:
+                small.rollback(row, len(jobs[row][1]))
+                large.rollback(row, len(jobs[row][1]))
+            # An exit must have read before the layers above it go on.
+            small_logits, large_logits = (
+                self._predict(reader, tokens, chunk, jobs, limits) for reader in (small, large)
+            )
+            small_lprob, small_token = small_logits.max(dim=-1)
+            nats = -large_logits.gather(-1, small_token[:, None]).squeeze(-1)
+            columns = [x.tolist() for x in (small_token, small_lprob.exp(), large_logits.argmax(dim=-1), nats)]
+            predictions = iter(zip(*columns, strict=True))
+            for row in chunk:
+                known = len(jobs[row][1])
+                made = [Prediction(*values) for values in islice(predictions, len(tokens[row]) - known)]
+                # After the longest length only the end symbol is left.
+                self._insert(*jobs[row], tokens[row][1 + known :], made[: limits[row].max_len + 1 - known])
 
-    def _max_len(self, sentence: int) -> int:
-        length = self._search.max_len_a * int(self._dataset.src_sizes[sentence]) + self._search.max_len_b
-        return min(int(length), self._longest)
+    def _predict(
+        self,
+        reader: Reader,
+        tokens: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        jobs: Sequence[tuple[int, tuple[int, ...]]],
+        limits: Sequence[Constraints],
+    ) -> Tensor:
+        """Log-probabilities of what follows each token from a job's last one on: (predictions, vocab)."""
+        firsts = [reader.consumed[row] for row in rows]
+        logits, normalizers = reader.read(tokens, rows, last_only=False)
+        kept, end = [], 0
+        for row, first in zip(rows, firsts, strict=True):
+            start, end = end, end + len(tokens[row]) - first
+            start += len(jobs[row][1]) - first  # a reader that has not come as far reads more
+            places = [(row, position) for position in range(len(jobs[row][1]), len(tokens[row]))]
+            limits[row].apply(logits[start:end], normalizers[start:end], places, tokens, [0] * len(tokens))
+            kept += range(start, end)
+        return logits[kept] - normalizers[kept, None]
 
-    def _insert(self, sentence: int, tokens: Sequence[int], predictions: Sequence[Prediction]) -> None:
-        """Adds the predictions for each of a sentence's tokens where there are none yet."""
-        place = self.roots[sentence] = self.roots[sentence] or predictions[0]
-        # After the longest length only the end symbol is left.
-        for token, prediction in zip(tokens[: self._max_len(sentence)], predictions[1:], strict=False):
-            place = place.after.setdefault(token, prediction)
+    def _limits(self, sentence: int) -> Constraints:
+        search, words = self._search, self._dictionary
+        longest = search.max_len_a * int(self._dataset.src_sizes[sentence]) + search.max_len_b
+        return Constraints(
+            pad=words.pad(),
+            unk=words.unk(),
+            eos=words.eos(),
+            max_len=min(int(longest), self._longest),
+            min_len=search.min_len,
+            no_repeat_ngram_size=search.no_repeat_ngram_size,
+        )
+
+    def _insert(
+        self, sentence: int, prefix: Sequence[int], tokens: Sequence[int], predictions: Sequence[Prediction]
+    ) -> None:
+        """Adds predictions where there are none yet: after the prefix, and after each of the tokens behind it."""
+        after, (*way, last) = self.roots, (sentence, *prefix)
+        for token in way:
+            after = after[token].after
+        for token, prediction in zip((last, *tokens), predictions, strict=False):
+            after = after.setdefault(token, prediction).after
