@@ -87,7 +87,9 @@ class Measured:
         self.max_draft: int = content["arguments"]["max_draft"]
         self.greedy = next(row for row in self.rows if row["system"] == "greedy")
         text = path.with_suffix(".txt")
-        self.conditions = text.read_text(encoding="utf-8").split("\n")[0] if text.exists() else ""
+        conditions = text.read_text(encoding="utf-8").split("\n")[0] if text.exists() else ""
+        # Memory is a run's own; all else is the same for every method.
+        self.conditions = re.sub(r"; peak memory \d+ MB \(all systems\)", "", conditions)
 
     def quality(self, row: Row) -> float:
         return row[self.metric]
