@@ -141,11 +141,14 @@ def test_the_flags_that_it_prints_keep_the_bound(corpus, tmp_path):
     assert corpus.generate(*flags, "--path", corpus.large, "--gen-subset", "valid").status == 0
 
 
-def test_no_loss_at_all_leaves_lossless_settings(corpus, tmp_path):
+def test_without_any_loss_there_is_still_a_winner(corpus, tmp_path):
+    """A lossless setting, unless another one is even better than greedy decoding in nearly every resample."""
     file = tmp_path / "result.json"
     run_script(corpus, "calibrate", *arguments(corpus, "--max-loss", 0, "--json", file))
     best = json.loads(file.read_text())["best"]
-    assert best["quality"] == best["quality_greedy"] and best["loss_bound"] == 0
+    assert best["loss_bound"] <= 0 and best["quality"] >= best["quality_greedy"]
+    if best["rollback_threshold"] == 0 and best["verify_end"]:
+        assert best["loss_bound"] == 0 and best["quality"] == best["quality_greedy"]
 
 
 def test_goes_on_from_its_record(corpus, tmp_path):

@@ -16,6 +16,13 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#include <sched.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -34,6 +41,7 @@
 #define AHEAD 8192        /* bytes of weights that are fetched in advance */
 #define BURST 8           /* inputs whose weights are fetched together */
 #define FEW 8             /* up to so many rows, every thread normalizes them all rather than wait for the others */
+#define SPINS 2000        /* looks at a barrier before a thread gives up its core: some 50 microseconds */
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
@@ -114,6 +122,52 @@ static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to
 
 /* Where the part-th of so many parts of some units begins. */
 static inline int64_t share(int64_t units, int64_t part, int64_t parts) { return units * part / parts; }
+
+/* Where the threads of one region wait for each other. There are some ten such waits a layer, so OpenMP's barrier, which
+ * spins for milliseconds, brings decoding to a halt where other programs keep the cores busy: each time the thread that
+ * all wait for gets no core before a time slice ends. Here a thread that has waited for long sleeps. */
+typedef struct {
+    _Alignas(64) int32_t arrived;
+    _Alignas(64) int32_t phase; /* how often all have arrived */
+    int32_t sleeping;
+} Barrier;
+
+static _Thread_local Barrier *barrier; /* of the region that the thread is in */
+
+static void sleep_until_change(int32_t *value, int32_t old) {
+#if defined(__linux__)
+    while (__atomic_load_n(value, __ATOMIC_SEQ_CST) == old) syscall(SYS_futex, value, FUTEX_WAIT_PRIVATE, old, NULL);
+#else
+    while (__atomic_load_n(value, __ATOMIC_SEQ_CST) == old) sched_yield();
+#endif
+}
+
+static void wake_all(int32_t *value) {
+#if defined(__linux__)
+    syscall(SYS_futex, value, FUTEX_WAKE_PRIVATE, INT32_MAX);
+#endif
+}
+
+/* Returns when every thread of the region has called it. */
+static void wait_for_all(void) {
+    Barrier *b = barrier;
+    int32_t phase = __atomic_load_n(&b->phase, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&b->arrived, 1, __ATOMIC_ACQ_REL) == omp_get_num_threads()) {
+        __atomic_store_n(&b->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&b->phase, phase + 1, __ATOMIC_SEQ_CST);
+        if (__atomic_load_n(&b->sleeping, __ATOMIC_SEQ_CST)) wake_all(&b->phase);
+        return;
+    }
+    for (int i = 0; i < SPINS; i++) {
+        if (__atomic_load_n(&b->phase, __ATOMIC_ACQUIRE) != phase) return;
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+    __atomic_add_fetch(&b->sleeping, 1, __ATOMIC_SEQ_CST);
+    sleep_until_change(&b->phase, phase);
+    __atomic_sub_fetch(&b->sleeping, 1, __ATOMIC_SEQ_CST);
+}
 
 static inline vec broadcast(float x) { return x - (vec){0}; }
 
@@ -307,6 +361,14 @@ static void normalize_row(const Norm *norm, const float *x, float *y, int64_t di
     for (int64_t i = 0; i < dim; i++) y[i] = (x[i] - mean) * scale * norm->weight[i] + norm->bias[i];
 }
 
+/* Layer norm of all rows by all threads; y may be x. */
+static void normalize_share(const Norm *norm, const float *x, int64_t rows, int64_t dim, float *y) {
+    int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    for (int64_t r = share(rows, thread, threads); r < share(rows, thread + 1, threads); r++)
+        normalize_row(norm, x + r * dim, y + r * dim, dim);
+    wait_for_all();
+}
+
 /* Layer norm of all rows, for this thread's use: few rows into its own buffer, many together into the shared one.
  * Whoever calls it sees a complete x; nobody writes x before the next barrier. */
 static const float *normalize(const Norm *norm, const float *x, int64_t rows, int64_t dim, float *own, float *shared) {
@@ -315,8 +377,7 @@ static const float *normalize(const Norm *norm, const float *x, int64_t rows, in
         for (int64_t r = 0; r < rows; r++) normalize_row(norm, x + r * dim, own + r * dim, dim);
         return own;
     }
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; r++) normalize_row(norm, x + r * dim, shared + r * dim, dim);
+    normalize_share(norm, x, rows, dim, shared);
     return shared;
 }
 
@@ -427,40 +488,36 @@ static void run_layer(const Stack *stack, const State *state, const Call *call, 
     /* Post-norm keeps x normalized: the sum of a sublayer's residual is normalized when the next one reads it. */
     const float *y = pre ? normalize(&layer->self_norm, x, T, dim, own, shared) : x;
     linear(&layer->qkv, y, dim, T, wide, 3 * dim, NULL, NONE, threads);
-#pragma omp barrier
+    wait_for_all();
     self_attention(stack, state, call, index, wide, attended, scores);
-#pragma omp barrier
+    wait_for_all();
     linear(&layer->self_out, attended, dim, T, x, dim, x, NONE, threads);
-#pragma omp barrier
+    wait_for_all();
     const float *residual = x;
     if (stack->attends_to_source) {
         y = normalize(pre ? &layer->source_norm : &layer->self_norm, x, T, dim, own, shared);
         residual = pre ? x : y;
         linear(&layer->source_query, y, dim, T, wide, dim, NULL, NONE, threads);
-#pragma omp barrier
+        wait_for_all();
         source_attention(stack, state, call, index, wide, attended, scores);
-#pragma omp barrier
+        wait_for_all();
         linear(&layer->source_out, attended, dim, T, x, dim, residual, NONE, threads);
-#pragma omp barrier
+        wait_for_all();
     }
     const Norm *before = pre ? &layer->final_norm : stack->attends_to_source ? &layer->source_norm : &layer->self_norm;
     y = normalize(before, x, T, dim, own, shared);
     residual = pre ? x : y;
     linear(&layer->fc1, y, dim, T, hidden, ffn, NULL, stack->activation, threads);
-#pragma omp barrier
+    wait_for_all();
     linear(&layer->fc2, hidden, ffn, T, x, dim, residual, NONE, threads);
-#pragma omp barrier
-    if (!pre) {
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < T; r++) normalize_row(&layer->final_norm, x + r * dim, x + r * dim, dim);
-    }
+    wait_for_all();
+    if (!pre) normalize_share(&layer->final_norm, x, T, dim, x);
 }
 
 /* What the lowest layer reads: embeddings, or hidden states that the layers below have left. */
 static void enter(const Stack *stack, const State *state, const Call *call) {
-    int64_t dim = stack->dim;
-#pragma omp for schedule(static)
-    for (int64_t s = 0; s < call->sentences; s++) {
+    int64_t dim = stack->dim, thread = omp_get_thread_num(), end = share(call->sentences, thread + 1, call->threads);
+    for (int64_t s = share(call->sentences, thread, call->threads); s < end; s++) {
         int64_t offset = 0;
         for (int64_t before = 0; before < s; before++) offset += call->counts[before];
         float *x = call->x + offset * dim;
@@ -476,6 +533,7 @@ static void enter(const Stack *stack, const State *state, const Call *call) {
             if (stack->embed_norm.weight) normalize_row(&stack->embed_norm, x, x, dim);
         }
     }
+    wait_for_all();
 }
 
 static void keep_hidden(const Stack *stack, const State *state, const Call *call) {
@@ -501,9 +559,7 @@ static void predict(const Stack *stack, const Call *call, float *own, float *wor
         else
             memcpy(x + r * dim, row, dim * sizeof(float));
     }
-    if (n > FEW) {
-#pragma omp barrier
-    }
+    if (n > FEW) wait_for_all();
     linear(vocabulary, x, dim, n, call->logits, stride, NULL, NONE, call->threads);
     int64_t panels = (vocabulary->out + PANEL - 1) / PANEL;
     int64_t begin = PANEL * share(panels, thread, call->threads), end = PANEL * share(panels, thread + 1, call->threads);
@@ -543,8 +599,10 @@ void bild_forward(const Stack *stack, const State *state, const Call *call) {
     int64_t n = call->predictions, team = 0;
     float *work = call->workspace, *own = work + shared_size(stack, call);
     float *tops = own + call->threads * own_size(stack, state), *sums = tops + call->threads * n;
+    Barrier meeting = {0};
 #pragma omp parallel num_threads(call->threads)
     {
+        barrier = &meeting;
         /* OpenMP may give fewer threads than were asked for. */
         Call here = *call;
         here.threads = omp_get_num_threads();
@@ -552,11 +610,7 @@ void bild_forward(const Stack *stack, const State *state, const Call *call) {
         float *mine = own + omp_get_thread_num() * own_size(stack, state);
         enter(stack, state, &here);
         for (int64_t index = here.first; index < here.last; index++) run_layer(stack, state, &here, index, mine, work);
-        if (stack->output_norm.weight) {
-#pragma omp for schedule(static)
-            for (int64_t r = 0; r < here.tokens; r++)
-                normalize_row(&stack->output_norm, here.x + r * stack->dim, here.x + r * stack->dim, stack->dim);
-        }
+        if (stack->output_norm.weight) normalize_share(&stack->output_norm, here.x, here.tokens, stack->dim, here.x);
         if (n) predict(stack, &here, mine, work, tops, sums);
     }
     for (int64_t r = 0; r < n; r++) {
@@ -673,10 +727,12 @@ void bild_source(const Stack *stack, const State *state, const Linear *both, con
                  int64_t threads) {
     int64_t dim = stack->dim, heads = stack->heads, head_dim = dim / heads, capacity = state->source_capacity;
     int64_t layers = both->out / (2 * dim), rows = state->sentences * width;
+    Barrier meeting = {0};
 #pragma omp parallel num_threads(threads)
     {
+        barrier = &meeting;
         linear(both, x, both->in, rows, y, both->out, NULL, NONE, omp_get_num_threads());
-#pragma omp barrier
+        wait_for_all();
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < layers * state->sentences * heads; unit++) {
             int64_t head = unit % heads, sentence = unit / heads % state->sentences, layer = unit / heads / state->sentences;
