@@ -63,6 +63,7 @@ from bild_fairseq.generator import BildGenerator
 from bild_fairseq.stats import Counters
 
 TURN = 10  # sentences that a system translates before the next one's turn
+SURE = 0.95  # a setting is given up after a part of the sentences only if it loses too much with this probability
 SLACK = 1.1  # how much slower than another a setting must seem before it is left out
 GROUP = 12  # settings that are judged on all sentences before the next ones are looked at
 SAVE_EVERY = 10  # seconds between two writes of the record
@@ -300,7 +301,7 @@ def shortlist(
             wave = [s for s, tighter in wave if kept.issuperset(tighter)]
             if wave:
                 judge.fill(wave, first, bar, saved)
-                low = np.quantile(judge.losses(wave, first, greedy), 1 - args.confidence, axis=1)
+                low = np.quantile(judge.losses(wave, first, greedy), 1 - max(SURE, args.confidence), axis=1)
                 bounded = zip(wave, low, strict=True)
                 hopeful += [s for s, loss in bounded if loss <= args.max_loss or lossless(settings[s])]
     milliseconds = dict(zip(hopeful, judge.milliseconds(hopeful, first, costs), strict=True))

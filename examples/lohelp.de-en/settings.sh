@@ -64,11 +64,11 @@ early_exit=(
 average=2
 
 # scripts/align.py, and fairseq-train behind its --.
-align=(--distill 0.5 --distill-top 32 --epochs 8 --lr 2e-3 --max-tokens 2000 --half)
+align=(--splice 60000 --distill 0.5 --distill-top 32 --epochs 8 --lr 2e-3 --max-tokens 2000 --half)
 align_train=()
 
 # How text is generated: limits as fairseq-generate has them.
 search=()
 # scripts/sweep.py and scripts/calibrate.py
 sweep=(--fallback 0.2,0.3,0.4,0.5,0.6,0.8 --rollback 1,2,3,5 --verify-end both --ablations)
-calibrate=(--fallback 0.2,0.3,0.4,0.6 --rollback 1,2,3,5 --max-draft 10)
+calibrate=(--fallback 0.2,0.3,0.4,0.6 --rollback 1,2,3,5 --max-draft 6,10)
