@@ -14,6 +14,7 @@ import argparse
 import collections
 import html
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -168,9 +169,8 @@ def draw_curve(args: argparse.Namespace) -> None:
         for point in best:
             axes.annotate(point.label, (point.x, point.quality), **style)
     baselines = [(m, kind, points[0]) for (m, kind), points in groups.items() if kind in BASELINES]
-    show_range(
-        axes, settings or [p for ps in groups.values() for p in ps], [p for _, k, p in baselines if k == "greedy"]
-    )
+    every = [point for (_, kind), points in groups.items() if kind in LINES for point in points]
+    show_range(axes, worth_showing(every, settings), [p for _, k, p in baselines if k == "greedy"])
     for method, kind, point in baselines:
         name = kind.replace("greedy", "lean greedy")
         name = name if method == "large model" else f"{method}, {name}"
@@ -185,6 +185,12 @@ def draw_curve(args: argparse.Namespace) -> None:
 
 def columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
     return [point.x for point in points], [point.quality for point in points]
+
+
+def worth_showing(every: Sequence[Point], settings: Sequence[Point]) -> list[Point]:
+    """The settings with both policies, and of the ablations those that are no worse than the worst of these."""
+    worst = min((point.quality for point in settings), default=-math.inf)
+    return [point for point in every if point.quality >= worst]
 
 
 def show_range(axes: Any, settings: Sequence[Point], greedy: Sequence[Point]) -> None:

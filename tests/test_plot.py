@@ -219,3 +219,11 @@ def test_bad_input_gets_one_line(corpus, rounds_file, sweep, tmp_path):
     assert "write FALLBACK,ROLLBACK" in refused(corpus, "rounds", *models(corpus), "--setting", "1", *out)
     assert "cannot write there" in refused(corpus, "rounds", *models(corpus), "--out", tmp_path / "no" / "rounds.json")
     assert not (tmp_path / "figure.png").exists()
+
+
+def test_a_good_ablation_is_inside_the_figure():
+    """It may be faster than all settings with both policies; those of no use do not squeeze the rest."""
+    both = [plot.Point(x, quality, x, {}) for x, quality in ((1.0, 32.0), (1.3, 30.0))]
+    good, bad = plot.Point(1.6, 31.0, 1.6, {}), plot.Point(3.0, 20.0, 3.0, {})
+    assert plot.worth_showing([*both, good, bad], both) == [*both, good]
+    assert plot.worth_showing([good, bad], []) == [good, bad]
