@@ -5,8 +5,8 @@ the early-exit architectures and their training loss.
 """
 
 from . import criterions, models  # noqa: F401
-from .config import BildGenerationConfig
-from .plugin import install
+from .plugin.flags import BildGenerationConfig
+from .plugin.hooks import install
 
 __all__ = ["BildGenerationConfig"]
 

@@ -52,10 +52,10 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.tasks import FairseqTask
 
 import bild_fairseq
-from bild_fairseq.checkpoints import load_small
-from bild_fairseq.decode import Policy
+from bild_fairseq.decoding.counters import total
+from bild_fairseq.decoding.decode import Policy
 from bild_fairseq.errors import BildError
-from bild_fairseq.stats import total
+from bild_fairseq.plugin.checkpoints import load_small
 
 USER_DIR = bild_fairseq.__path__[0]
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bild_fairseq.linear import pack, transpose
+from bild_fairseq.engines.torch.linear import pack, transpose
 
 ROWS = (1, 2, 6, 11, 32)
 

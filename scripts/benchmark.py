@@ -46,10 +46,10 @@ from common import (
 )
 from fairseq.tasks import FairseqTask
 
-from bild_fairseq.checkpoints import load_small
-from bild_fairseq.decode import Policy
+from bild_fairseq.decoding.counters import total
+from bild_fairseq.decoding.decode import Policy
 from bild_fairseq.errors import BildError
-from bild_fairseq.stats import total
+from bild_fairseq.plugin.checkpoints import load_small
 
 
 def parse_args() -> argparse.Namespace:

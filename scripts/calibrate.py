@@ -57,10 +57,10 @@ from fairseq.tasks import FairseqTask
 from simulate import Missing, Recorder, walk
 from tqdm import tqdm
 
-from bild_fairseq.decode import Policy
+from bild_fairseq.decoding.counters import Counters
+from bild_fairseq.decoding.decode import Policy
 from bild_fairseq.errors import BildError
-from bild_fairseq.generator import BildGenerator
-from bild_fairseq.stats import Counters
+from bild_fairseq.plugin.generator import BildGenerator
 
 TURN = 10  # sentences that a system translates before the next one's turn
 SURE = 0.95  # a setting is given up after a part of the sentences only if it loses too much with this probability

@@ -35,14 +35,14 @@ from fairseq.tasks import FairseqTask
 from sacremoses import MosesDetokenizer
 
 import bild_fairseq  # noqa: F401
-from bild_fairseq.checkpoints import check_positions, load_small
-from bild_fairseq.decode import Policy
+from bild_fairseq.decoding.counters import Counters
+from bild_fairseq.decoding.decode import Policy
+from bild_fairseq.engines.precision import PRECISIONS
 from bild_fairseq.errors import BildError
-from bild_fairseq.generator import BildGenerator, SearchOptions
 from bild_fairseq.models.exits import EarlyExitTransformerDecoder
-from bild_fairseq.precision import PRECISIONS
-from bild_fairseq.stats import Counters
-from bild_fairseq.trace import replay, traced
+from bild_fairseq.plugin.checkpoints import check_positions, load_small
+from bild_fairseq.plugin.generator import BildGenerator, SearchOptions
+from bild_fairseq.plugin.trace import replay, traced
 
 Run = Callable[[dict[str, Any]], list[list[int]]]
 METRIC_NAMES = {"bleu": "BLEU", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}

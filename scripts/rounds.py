@@ -41,9 +41,9 @@ from common import (
 from fairseq.tasks import FairseqTask
 from tqdm import tqdm
 
-from bild_fairseq.decode import Policy
+from bild_fairseq.decoding.decode import Policy
 from bild_fairseq.errors import BildError
-from bild_fairseq.trace import traced
+from bild_fairseq.plugin.trace import traced
 
 
 @dataclass(frozen=True)

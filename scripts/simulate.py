@@ -19,9 +19,9 @@ from fairseq import utils
 from fairseq.tasks import FairseqTask
 from torch import Tensor
 
-from bild_fairseq.constraints import Constraints
-from bild_fairseq.decode import Policy, Reader, decode
-from bild_fairseq.stats import Counters
+from bild_fairseq.decoding.constraints import Constraints
+from bild_fairseq.decoding.counters import Counters
+from bild_fairseq.decoding.decode import Policy, Reader, decode
 
 LOGITS_BYTES = 1 << 28  # a pass over many sentences is cut so that its logits take less
 

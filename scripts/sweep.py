@@ -57,10 +57,10 @@ from common import (
 from fairseq.tasks import FairseqTask
 from tqdm import tqdm
 
-from bild_fairseq.decode import Policy
+from bild_fairseq.decoding.counters import total
+from bild_fairseq.decoding.decode import Policy
 from bild_fairseq.errors import BildError
-from bild_fairseq.generator import SearchOptions
-from bild_fairseq.stats import total
+from bild_fairseq.plugin.generator import SearchOptions
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from reference import LARGE, SMALL, Result, Rules
 from torch import Tensor, nn
 
-from bild_fairseq.cached_decoder import CachedDecoder
-from bild_fairseq.decode import Policy
-from bild_fairseq.generator import BildGenerator, SearchOptions
-from bild_fairseq.native import NativeDecoder
+from bild_fairseq.decoding.decode import Policy
+from bild_fairseq.engines.native import NativeDecoder
+from bild_fairseq.engines.torch.decoder import CachedDecoder
+from bild_fairseq.plugin.generator import BildGenerator, SearchOptions
 
 WORDS = 20
 MAX_POSITIONS = 100

@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
-from bild_fairseq.checkpoints import allow_fairseq_globals  # noqa: E402
+from bild_fairseq.plugin.checkpoints import allow_fairseq_globals  # noqa: E402
 
 LAYER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.(.+)")
 

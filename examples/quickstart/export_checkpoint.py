@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-from bild_fairseq.checkpoints import allow_fairseq_globals  # noqa: E402
+from bild_fairseq.plugin.checkpoints import allow_fairseq_globals  # noqa: E402
 
 # Settings that name places: inference gets them from its own command line.
 PLACES = {

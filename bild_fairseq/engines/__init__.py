@@ -1,0 +1,1 @@
+"""Forward passes: how a model is run."""

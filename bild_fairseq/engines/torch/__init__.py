@@ -1,0 +1,1 @@
+"""Forward passes with PyTorch's operators."""

@@ -1,0 +1,212 @@
+"""The command-line flags, one dataclass, and what is checked about them before any work starts."""
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from fairseq.dataclass import ChoiceEnum
+from fairseq.dataclass.configs import GenerationConfig
+
+from ..decoding.decode import Policy
+from ..engines.precision import PRECISIONS
+from ..errors import BildError
+
+
+@dataclass
+class BildGenerationConfig(GenerationConfig):
+    """fairseq's generation options and this package's."""
+
+    generator: ChoiceEnum(["beam", "bild", "greedy"]) = field(
+        default="beam",
+        metadata={
+            "help": "beam: fairseq's own generator; bild: Big Little Decoder; greedy: the same lean decoder with "
+            "the large model alone (default: beam)"
+        },
+    )
+    bild_small_path: Optional[str] = field(
+        default=None,
+        metadata={"help": "small model's checkpoint, or several joined by ':' for an ensemble (default: none)"},
+    )
+    bild_exit_layer: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "for an early-exit model in --path: the decoder layer, counted from the bottom, whose exit "
+            "is the small model; with --generator greedy the exit decodes alone (default: the lowest trained exit)"
+        },
+    )
+    bild_fallback_threshold: float = field(
+        default=0.6,
+        metadata={
+            "help": "probability, 0 to 1: the small model hands over to the large one when its best token is "
+            "less likely than this (default: 0.6)"
+        },
+    )
+    bild_rollback_threshold: float = field(
+        default=2.0,
+        metadata={
+            "help": "nats, 0 to inf: the large model goes back to the first drafted token whose negative "
+            "log-probability exceeds this and that it would not have chosen (default: 2.0)"
+        },
+    )
+    bild_max_draft: int = field(
+        default=10,
+        metadata={"help": "tokens, 1 or more: how many the small model drafts at most per round (default: 10)"},
+    )
+    bild_start: ChoiceEnum(["large", "small"]) = field(
+        default="large",
+        metadata={"help": "model that writes the first token (default: large)"},
+    )
+    bild_verify_end: bool = field(
+        default=False,
+        metadata={
+            "help": "let the large model also verify the tokens drafted before the end of a sentence (default: off)"
+        },
+    )
+    bild_precision: ChoiceEnum(PRECISIONS) = field(
+        default="float32",
+        metadata={
+            "help": "weights of both models' matrices, for bild and greedy: the others read less memory and are faster "
+            "on a CPU; float16 changes nothing if the checkpoints are in half precision; bfloat16 and int8 cost some "
+            "quality (default: float32)"
+        },
+    )
+    bild_small_precision: ChoiceEnum(["same", *PRECISIONS]) = field(
+        default="same",
+        metadata={
+            "help": "weights of the small model's matrices, where they are to differ: a small model in int8 drafts "
+            "faster for a large one in float32, whose judgement stays what it is (default: same)"
+        },
+    )
+    bild_stats: Optional[str] = field(
+        default=None,
+        metadata={"help": "JSON file for the counters of the run and of every sentence, written at its end"},
+    )
+
+
+_DEFAULTS = {
+    f.name: f.default for f in dataclasses.fields(BildGenerationConfig) if f.default is not dataclasses.MISSING
+}
+_OWN = [f.name for f in dataclasses.fields(BildGenerationConfig) if f.name.startswith("bild_")]
+
+# fairseq's generation options that mean for greedy decoding what they mean for beam search, or nothing at all.
+_HONOURED = {
+    "beam",  # set to 1
+    "max_len_a",
+    "max_len_b",
+    "min_len",
+    "match_source_len",
+    "unnormalized",
+    "lenpen",
+    "unkpen",
+    "temperature",
+    "no_repeat_ngram_size",
+    "prefix_size",
+    "score_reference",
+    "sacrebleu",
+    "print_step",
+    "no_early_stop",
+    "no_beamable_mm",
+    "no_seed_provided",
+    "lm_weight",  # without --lm-path, which is refused
+    "diverse_beam_strength",  # without --diverse-beam-groups, which is refused
+    "generator",
+    *_OWN,
+}
+
+
+def option(args: Any, name: str) -> Any:
+    """A generation option's value, or its default where ``args`` does not have it.
+
+    Args:
+        args: fairseq's generation config, or a namespace with some of its fields.
+    """
+    value = getattr(args, name, None)
+    return _DEFAULTS[name] if value is None else value
+
+
+def flag(name: str) -> str:
+    """An option as it is spelt on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def policy(args: Any) -> Policy:
+    """The decoding policy that checked options ask for."""
+    return Policy(
+        fallback_threshold=option(args, "bild_fallback_threshold"),
+        rollback_threshold=option(args, "bild_rollback_threshold"),
+        max_draft=option(args, "bild_max_draft"),
+        start_small=str(option(args, "bild_start")) == "small",
+        verify_end=option(args, "bild_verify_end"),
+    )
+
+
+def small_paths(args: Any) -> list[str]:
+    """The small model's checkpoint files."""
+    joined = option(args, "bild_small_path")
+    return joined.split(os.pathsep) if joined else []
+
+
+def check(args: Any) -> None:
+    """Checks all that the options alone can tell.
+
+    Raises:
+        BildError: an option out of range, contradictory or not supported, or a file that is not there.
+    """
+    generator = str(option(args, "generator"))
+    _check_use(args, generator)
+    if generator == "beam":
+        return
+    for name, default in _DEFAULTS.items():
+        if name not in _HONOURED and option(args, name) != default:
+            raise BildError(f"{flag(name)} is not supported by --generator {generator}; leave it out")
+    _check_ranges(args)
+    for path in small_paths(args):
+        if not Path(path).is_file():
+            raise BildError(f"--bild-small-path {path}: no such file")
+    stats = option(args, "bild_stats")
+    if stats is not None and (Path(stats).is_dir() or not os.access(Path(stats).resolve().parent, os.W_OK)):
+        raise BildError(f"--bild-stats {stats}: cannot write there; name a file in a folder that exists")
+
+
+def _check_use(args: Any, generator: str) -> None:
+    """Refuses flags that the chosen generator would ignore."""
+    used = {
+        "beam": set(),
+        "greedy": {"bild_exit_layer", "bild_precision", "bild_stats"},
+        "bild": set(_OWN),
+    }[generator]
+    for name in _OWN:
+        if name not in used and option(args, name) != _DEFAULTS[name]:
+            raise BildError(f"{flag(name)} has no effect with --generator {generator}; add --generator bild")
+    for name in ("bild_precision", "bild_small_precision"):
+        if option(args, name) != _DEFAULTS[name] and getattr(args, "fp16", False):
+            raise BildError(f"--fp16 and {flag(name)} both set the weights' precision; give one of them")
+    if str(option(args, "bild_small_precision")) != "same" and not option(args, "bild_small_path"):
+        raise BildError(
+            "--bild-small-precision is that of the model in --bild-small-path; an exit has --bild-precision"
+        )
+    if option(args, "bild_small_path") and option(args, "bild_exit_layer") is not None:
+        raise BildError("--bild-small-path and --bild-exit-layer both name a small model; give one of them")
+
+
+def _check_ranges(args: Any) -> None:
+    def require(name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise BildError(f"{flag(name)} {option(args, name)}: must be {wanted}")
+
+    fallback, rollback = (
+        option(args, "bild_fallback_threshold"),
+        option(args, "bild_rollback_threshold"),
+    )
+    require("bild_fallback_threshold", 0 <= fallback <= 1, "a probability, 0 to 1")
+    require("bild_rollback_threshold", rollback >= 0, "a number of nats, 0 to inf")
+    require("bild_max_draft", option(args, "bild_max_draft") >= 1, "1 or more")
+    exit_layer = option(args, "bild_exit_layer")
+    require("bild_exit_layer", exit_layer is None or exit_layer >= 1, "1 or more")
+    require("temperature", 0 < option(args, "temperature") < math.inf, "above 0")
+    if not option(args, "max_len_a") and not option(args, "match_source_len"):
+        longest = option(args, "max_len_b")
+        require("min_len", option(args, "min_len") <= longest, f"--max-len-b ({longest}) or less")

@@ -1,0 +1,243 @@
+"""The seam to fairseq: every place where this package reaches into fairseq's own programs.
+
+``fairseq-generate`` imports the user directory before it builds its parser, so what :func:`install` puts in place
+is there in time. It relies on the following, and ``tests/test_plugin.py`` fails if fairseq moves:
+
+- ``fairseq.options.GenerationConfig`` is the dataclass that the parser's generation flags come from;
+- ``FairseqConfig.generation`` holds the same class (0.12.3) or an instance of it (0.12.2), for Hydra's store;
+- the programs call ``options.parse_args_and_arch`` by attribute, and ``FairseqTask.build_generator``;
+- ``checkpoint_utils.load_checkpoint_to_cpu`` is what reads every checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import functools
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import fairseq.dataclass.configs
+from fairseq import checkpoint_utils, options, tasks, utils
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.dataclass.initialize import hydra_init
+from fairseq.sequence_generator import SequenceGenerator
+from fairseq.sequence_scorer import SequenceScorer
+from fairseq.tasks import FairseqTask
+from torch import Tensor, nn
+
+from ..errors import BildError
+from ..models.exits import EarlyExitTransformerDecoder
+from .checkpoints import allow_fairseq_globals, check_positions, load_small, with_readable_errors
+from .flags import BildGenerationConfig, check, option, policy, small_paths
+from .generator import BildGenerator, SearchOptions
+
+logger = logging.getLogger(__name__)
+
+
+def install() -> None:
+    """Puts the flags, the generators and safe loading in place; a second call changes nothing."""
+    if options.GenerationConfig is BildGenerationConfig:
+        return
+    allow_fairseq_globals()
+    checkpoint_utils.load_checkpoint_to_cpu = with_readable_errors(checkpoint_utils.load_checkpoint_to_cpu)
+    _install_flags()
+    _install_generators()
+    sys.excepthook = _one_line_errors(sys.excepthook)
+
+
+def _install_flags() -> None:
+    generation = FairseqConfig.__dataclass_fields__["generation"]
+    replacement = BildGenerationConfig if isinstance(generation.default, type) else BildGenerationConfig()
+    generation.type = BildGenerationConfig
+    generation.default = replacement
+    FairseqConfig.__annotations__["generation"] = BildGenerationConfig
+    FairseqConfig.generation = replacement
+    fairseq.dataclass.configs.GenerationConfig = BildGenerationConfig
+    options.GenerationConfig = BildGenerationConfig
+    hydra_init()
+    options.parse_args_and_arch = _checked_parse(options.parse_args_and_arch)
+
+
+def _checked_parse(parse: Callable[..., Any]) -> Callable[..., Any]:
+    """Checks the flags as soon as they are parsed, before a model is loaded."""
+
+    @functools.wraps(parse)
+    def parse_args_and_arch(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        parser.error = functools.partial(_parser_error, parser, parser.error)
+        parsed = parse(parser, *args, **kwargs)
+        namespace = parsed[0] if isinstance(parsed, tuple) else parsed
+        if hasattr(namespace, "generator"):
+            check(namespace)
+            if namespace.generator != "beam":
+                _check_large_paths(namespace)
+                # fairseq 0.12.3 drops a last batch whose size is no multiple of this.
+                namespace.required_batch_size_multiple = 1
+                FairseqTask.build_generator = _reporting(FairseqTask.build_generator)
+        return parsed
+
+    return parse_args_and_arch
+
+
+def _parser_error(parser: argparse.ArgumentParser, error: Callable[[str], Any], message: str) -> None:
+    if "--bild-" in message or "--generator" in message:
+        parser.exit(2, f"bild_fairseq: {message}\n")
+    error(message)
+
+
+def _check_large_paths(namespace: argparse.Namespace) -> None:
+    if not namespace.path:
+        raise BildError("--path is missing; name the large model's checkpoint")
+    for path in utils.split_paths(namespace.path):
+        if not Path(path).is_file():
+            raise BildError(f"--path {path}: no such file")
+
+
+def _reporting(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Has a program print the summary and write the statistics when it ends, however it ends."""
+    if hasattr(build, "reports"):
+        return build
+
+    @functools.wraps(build)
+    def build_generator(*args: Any, **kwargs: Any) -> Any:
+        generator = build(*args, **kwargs)
+        if isinstance(generator, BildGenerator):
+            atexit.register(_report, generator)
+        return generator
+
+    build_generator.reports = True
+    return build_generator
+
+
+def _report(generator: BildGenerator) -> None:
+    if generator.counters().tokens:
+        sys.stdout.flush()
+        print(generator.summary(), file=sys.stderr)
+    generator.finish()
+
+
+def _install_generators() -> None:
+    for name, task in tasks.TASK_REGISTRY.items():
+        if "build_generator" in vars(task):
+            task.build_generator = _guarded(task.build_generator, name)
+    FairseqTask.build_generator = _choosing(FairseqTask.build_generator)
+
+
+def _guarded(build: Callable[..., Any], task: str) -> Callable[..., Any]:
+    """For tasks that build a generator of their own: refuses instead of ignoring ``--generator``."""
+
+    @functools.wraps(build)
+    def build_generator(self: FairseqTask, models: Any, args: Any, *more: Any, **kwargs: Any) -> Any:
+        generator = build(self, models, args, *more, **kwargs)
+        wanted = str(option(args, "generator"))
+        if wanted != "beam" and not isinstance(generator, (BildGenerator, SequenceScorer)):
+            raise BildError(f"--task {task} builds its own generator; --generator {wanted} needs another task")
+        return generator
+
+    return build_generator
+
+
+def _choosing(build: Callable[..., Any]) -> Callable[..., Any]:
+    """fairseq's ``build_generator``, or this package's if ``--generator`` asks for it."""
+
+    @functools.wraps(build)
+    def build_generator(
+        self: FairseqTask,
+        models: Sequence[nn.Module],
+        args: Any,
+        seq_gen_cls: type | None = None,
+        extra_gen_cls_kwargs: dict[str, Any] | None = None,
+        prefix_allowed_tokens_fn: Callable | None = None,
+    ) -> Any:
+        check(args)
+        if str(option(args, "generator")) == "beam" or option(args, "score_reference"):
+            return build(self, models, args, seq_gen_cls, extra_gen_cls_kwargs, prefix_allowed_tokens_fn)
+        if seq_gen_cls is not None or prefix_allowed_tokens_fn is not None:
+            raise BildError(f"{type(self).__name__} asks for a search that --generator {args.generator} lacks")
+        return _build(self, models, args, extra_gen_cls_kwargs or {})
+
+    return build_generator
+
+
+def _build(task: FairseqTask, models: Sequence[nn.Module], args: Any, extra: dict[str, Any]) -> BildGenerator:
+    for name, value in extra.items():
+        if name not in ("lm_weight", "eos", "symbols_to_strip_from_output") and value is not None:
+            raise BildError(f"--generator {args.generator} does not support {name}")
+    if option(args, "beam") != 1:
+        logger.info("--generator %s is greedy: --beam %d becomes 1", args.generator, option(args, "beam"))
+        args.beam = 1
+    small = load_small(small_paths(args), task, models[0])
+    if small:
+        source_limit = min(task.max_positions()[0], *(model.max_positions()[0] for model in models))
+        check_positions(small, source_limit)
+    small_precision = str(option(args, "bild_small_precision"))
+    return BildGenerator(
+        models,
+        task.target_dictionary,
+        policy(args),
+        SearchOptions(
+            max_len_a=option(args, "max_len_a"),
+            max_len_b=option(args, "max_len_b"),
+            min_len=option(args, "min_len"),
+            match_source_len=option(args, "match_source_len"),
+            normalize_scores=not option(args, "unnormalized"),
+            len_penalty=option(args, "lenpen"),
+            unk_penalty=option(args, "unkpen"),
+            temperature=option(args, "temperature"),
+            no_repeat_ngram_size=option(args, "no_repeat_ngram_size"),
+        ),
+        small_models=small,
+        exit_layer=None if small else _exit_layer(models, args),
+        alone=str(args.generator) == "greedy",
+        source_lengths=functools.partial(source_lengths, pad=task.target_dictionary.pad()),
+        eos=extra.get("eos"),
+        symbols_to_strip_from_output=extra.get("symbols_to_strip_from_output"),
+        stats_path=option(args, "bild_stats"),
+        precision=str(option(args, "bild_precision")),
+        small_precision=None if small_precision == "same" else small_precision,
+    )
+
+
+def _exit_layer(models: Sequence[nn.Module], args: Any) -> int | None:
+    """The exit that drafts, or decodes alone; None for greedy decoding at full depth."""
+    wanted = option(args, "bild_exit_layer")
+    if wanted is None and str(args.generator) == "greedy":
+        return None
+    if not all(isinstance(model.decoder, EarlyExitTransformerDecoder) for model in models):
+        if wanted is not None:
+            raise BildError("--bild-exit-layer needs an early-exit model in --path; this one has no exits")
+        raise BildError(
+            "--generator bild needs a small model: --bild-small-path small.pt, or an early-exit model in --path"
+        )
+    if wanted is None:
+        wanted = min(models[0].decoder.exit_layers)
+    for model in models:
+        try:
+            model.decoder.check_exit(wanted)
+        except ValueError as error:
+            raise BildError(f"--bild-exit-layer {wanted}: {error}") from error
+    return wanted
+
+
+def source_lengths(net_input: dict[str, Any], pad: int) -> Tensor:
+    """Source lengths as this version of fairseq counts them for ``--match-source-len``: (batch,).
+
+    0.12.3 counts the end symbol, 0.12.2 does not.
+    """
+    lengths = net_input["src_tokens"].ne(pad).sum(dim=1)
+    counts_end = "src_lengths" in SequenceGenerator._generate.__code__.co_consts
+    return lengths if counts_end else lengths - 1
+
+
+def _one_line_errors(previous: Callable[..., Any]) -> Callable[..., Any]:
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, BildError):
+            print(f"bild_fairseq: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, trace)
+
+    return hook

@@ -1,0 +1,404 @@
+"""The cached decoders (PyTorch, fixed shapes, native) against the full forward pass of the stock decoder."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fairseq.models.lstm import LSTMDecoder
+from fairseq.models.transformer import Embedding, TransformerDecoder, TransformerDecoderBase
+from fairseq.modules import MultiheadAttention
+from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import Rules
+from support import PRE_NORM, SIZE, assert_close, generator, model, sample, source, symbols
+from torch import Tensor, nn
+
+from bild_fairseq.engines.native import NativeDecoder, missing_option
+from bild_fairseq.engines.native.build import library
+from bild_fairseq.engines.native.decoder import NativeDecoderState
+from bild_fairseq.engines.precision import PRECISIONS, rounded_copy
+from bild_fairseq.engines.torch import linear
+from bild_fairseq.engines.torch.decoder import CachedDecoder, DecoderState, UnsupportedDecoder
+from bild_fairseq.engines.torch.graphs import GraphedDecoder, GraphedState
+from bild_fairseq.errors import BildError
+
+NORMFORMER = {"scale_attn": True, "scale_fc": True, "scale_heads": True, "scale_resids": True}
+ARCHITECTURES = {
+    "post-norm": {},
+    "pre-norm": PRE_NORM,
+    "pre-norm without final norm": {**PRE_NORM, "no_decoder_final_norm": True},
+    "embedding norm": {"layernorm_embedding": True},
+    "learned positions": {"decoder_learned_pos": True, **PRE_NORM},
+    "no positions": {"no_token_positional_embeddings": True},
+    "no embedding scale": {"no_scale_embedding": True},
+    "shared output projection": {"share_decoder_input_output_embed": True},
+    "all embeddings shared": {"share_all_embeddings": True},
+    "output dimension": {"decoder_output_dim": 10},
+    "shared output projection of a narrower output": {
+        "decoder_output_dim": 10,
+        "share_decoder_input_output_embed": True,
+        "input_width": 10,
+    },
+    "input dimension": {"input_width": 10, "layernorm_embedding": True},
+    "gelu": {"activation_fn": "gelu"},
+    "gelu_accurate": {"activation_fn": "gelu_accurate"},
+    "tanh": {"activation_fn": "tanh"},
+    "linear": {"activation_fn": "linear"},
+    "scale_attn": {"scale_attn": True},
+    "scale_fc": {"scale_fc": True, **PRE_NORM},
+    "scale_heads": {"scale_heads": True},
+    "scale_resids": {"scale_resids": True, **PRE_NORM},
+    "NormFormer, pre-norm": {**NORMFORMER, **PRE_NORM},
+    "NormFormer, post-norm": NORMFORMER,
+    "no cross-attention": {"no_cross_attention": True},
+    "wider encoder": {"encoder_embed_dim": 24, "encoder_attention_heads": 3},
+    "narrower encoder": {"encoder_embed_dim": 8, **PRE_NORM},
+    "one layer, four heads": {"decoder_layers": 1, "decoder_attention_heads": 4},
+    "three layers, one head": {"decoder_layers": 3, "decoder_attention_heads": 1},
+    "layer drop": {"decoder_layerdrop": 0.5, "decoder_layers": 3},
+    "alignment": {"arch": "transformer_align", "decoder_layers": 5},
+    "BART": {"arch": "bart_base"},
+    "mBART": {"arch": "mbart_base"},
+}
+
+
+def graphed(decoder: nn.Module) -> GraphedDecoder:
+    """The passes that become CUDA graphs, operator by operator."""
+    return GraphedDecoder(CachedDecoder(decoder), capture=False)
+
+
+# What the kernels leave to PyTorch's operators.
+NOT_NATIVE = {
+    *("output dimension", "shared output projection of a narrower output", "input dimension"),
+    *("gelu_accurate", "tanh", "linear", "no cross-attention"),
+    *("scale_attn", "scale_fc", "scale_heads", "scale_resids", "NormFormer, pre-norm", "NormFormer, post-norm"),
+}
+KINDS = {"torch": CachedDecoder, "graphed": graphed} | ({"native": NativeDecoder} if library() else {})
+LACKS = {"torch": set(), "graphed": {"no cross-attention"}, "native": NOT_NATIVE}
+CASES = [(kind, name) for kind in KINDS for name in ARCHITECTURES if name not in LACKS[kind]]
+needs_kernels = pytest.mark.skipif(library() is None, reason="no C compiler here")
+Decoder = CachedDecoder | GraphedDecoder | NativeDecoder
+State = DecoderState | GraphedState | NativeDecoderState
+# Few source positions, or many: the decoder attends to them in two different ways.
+SOURCES = {"short": (3, 1, 2), "long": (9, 2, 6)}
+
+
+def build(options: dict) -> nn.Module:
+    options = dict(options)
+    width = options.pop("input_width", None)
+    if width is None:
+        return model(2, **options)
+    # No command line makes the input embedding narrower than the decoder, but its constructor takes one.
+    shared = options.pop("share_decoder_input_output_embed", False)
+    made = model(2, **options)
+    cfg = made.cfg
+    cfg.share_decoder_input_output_embed = shared
+    torch.manual_seed(3)
+    made.decoder = TransformerDecoderBase(cfg, symbols(), Embedding(len(symbols()), width, symbols().pad()))
+    for parameter in made.decoder.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return made.eval()
+
+
+def encode(made: nn.Module, lengths: Sequence[int]) -> dict:
+    return made.encoder(**sample([source(range(length - 1)) for length in lengths])["net_input"])
+
+
+def start(cached: Decoder, encoded: dict, batch: int) -> State:
+    masks = encoded["encoder_padding_mask"]
+    return cached.start(encoded["encoder_out"][0], masks[0] if masks else None, batch)
+
+
+def full(made: nn.Module, encoded: dict, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits after every token, by one full forward pass of the stock decoder."""
+    previous = torch.full((len(tokens), max(map(len, tokens))), symbols().pad())
+    for row, one in enumerate(tokens):
+        previous[row, : len(one)] = torch.tensor(one)
+    logits = made.decoder(previous, encoder_out=encoded)[0]
+    return [row[: len(one)] for row, one in zip(logits, tokens, strict=True)]
+
+
+def read(cached: Decoder, state: State, rows: list[int], starts: list[int], chunks: list[list[int]]) -> list[Tensor]:
+    """Logits after each token of the chunks, which may differ in length, read from each row's own offset."""
+    logits, normalizers = cached.read(state, chunks, rows, starts, (0, cached.depth), "all")
+    assert_close(normalizers, logits.logsumexp(dim=1))
+    return list(logits.clone().split([len(chunk) for chunk in chunks]))
+
+
+def sentences(lengths: Sequence[int], rng: random.Random) -> list[list[int]]:
+    """Decoder inputs of random words; the unknown word and the end symbol may come anywhere."""
+    kinds = [symbols().unk(), symbols().eos(), *range(symbols().nspecial, len(symbols()))]
+    return [[symbols().eos()] + rng.choices(kinds, k=length - 1) for length in lengths]
+
+
+def read_at_random(cached: Decoder, state: State, wanted: list[list[int]], rng: random.Random) -> list[Tensor]:
+    """Reads sentences in chunks of random size, any subset of rows at a time, with drafts that go wrong.
+
+    A wrong draft is read into the cache and then rolled back: the row is read on from before it.
+    """
+    consumed = [0] * len(wanted)
+    found = [[None] * len(one) for one in wanted]
+    while unfinished := [row for row, one in enumerate(wanted) if consumed[row] < len(one)]:
+        rows = sorted(rng.sample(unfinished, rng.randint(1, len(unfinished))))
+        chunks, right = [], []
+        for row in rows:
+            chunk = wanted[row][consumed[row] :][: rng.randint(1, 7)]
+            right.append(len(chunk) if rng.random() < 0.6 else rng.randrange(len(chunk)))
+            chunks.append(chunk[: right[-1]] + [symbols().unk()] * (len(chunk) - right[-1]))
+        logits = read(cached, state, rows, [consumed[row] for row in rows], chunks)
+        for row, some, count in zip(rows, logits, right, strict=True):
+            found[row][consumed[row] : consumed[row] + count] = some[:count]
+            consumed[row] += count
+    return [torch.stack(row) for row in found]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize(("kind", "architecture"), CASES)
+def test_equals_the_stock_decoder(kind, architecture, lengths):
+    """In ragged batches, over subsets of rows, after rollbacks and beyond the reserved cache."""
+    rng = random.Random(7)
+    made = build(ARCHITECTURES[architecture])
+    encoded = encode(made, lengths)
+    cached = KINDS[kind](made.decoder)
+    tokens = sentences((13, 95, 41), rng)
+    state = start(cached, encoded, len(tokens))
+    reserved = state.length
+    found = read_at_random(cached, state, tokens, rng)
+    assert state.length > reserved
+    for got, wanted in zip(found, full(made, encoded, tokens), strict=True):
+        assert_close(got, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize(("kind", "architecture"), CASES)
+def test_equals_the_stock_decoder_in_step(kind, architecture, lengths):
+    """All rows at the same offset, which has a way of its own, with rollbacks of all of them together."""
+    rng = random.Random(8)
+    made = build(ARCHITECTURES[architecture])
+    encoded = encode(made, lengths)
+    cached = KINDS[kind](made.decoder)
+    tokens = sentences((20, 20, 20), rng)
+    state = start(cached, encoded, len(tokens))
+    wanted = full(made, encoded, tokens)
+    position = 0
+    while position < 20:
+        new = min(rng.randint(1, 5), 20 - position)
+        chunks = [one[position : position + new] for one in tokens]
+        for got, row in zip(read(cached, state, [0, 1, 2], [position] * 3, chunks), wanted, strict=True):
+            assert_close(got, row[position : position + new])
+        position += rng.randint(1, new)
+
+
+@torch.no_grad()
+@settings(max_examples=40)
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    st.sampled_from([case for case in CASES if case[1] in ("pre-norm", "post-norm", "learned positions", "gelu")]),
+    st.randoms(use_true_random=False),
+)
+def test_equals_the_stock_decoder_for_any_batch(lengths, case, rng):
+    """Any number of rows, sources and sentences of any length."""
+    kind, architecture = case
+    made = build(ARCHITECTURES[architecture])
+    encoded = encode(made, lengths)
+    cached = KINDS[kind](made.decoder)
+    tokens = sentences([rng.randint(1, 25) for _ in lengths], rng)
+    found = read_at_random(cached, start(cached, encoded, len(tokens)), tokens, rng)
+    for got, wanted in zip(found, full(made, encoded, tokens), strict=True):
+        assert_close(got, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("options", [PRE_NORM, {"decoder_learned_pos": True}], ids=["sinusoidal", "learned"])
+def test_reads_up_to_the_last_position(options, kind):
+    """The last position that the stock decoder has, and padding of a shorter row beyond it."""
+    made = model(2, max_target_positions=12, **options)
+    encoded = encode(made, (3, 4))
+    cached = kind(made.decoder)
+    tokens = sentences((12, 9), random.Random(1))
+    state = start(cached, encoded, 2)
+    wanted = full(made, encoded, tokens)
+    read(cached, state, [0, 1], [0, 0], [tokens[0][:11], tokens[1][:2]])
+    first, second = read(cached, state, [0, 1], [11, 2], [tokens[0][11:], tokens[1][2:]])
+    assert_close(first, wanted[0][11:])
+    assert_close(second, wanted[1][2:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 0.5), (torch.float16, 0.06)], ids=str
+)
+def test_other_precisions(dtype, tolerance, lengths):
+    """Computes in the decoder's own precision; the logits come in float32."""
+    made = model(2, **PRE_NORM)
+    encoded = encode(made, lengths)
+    tokens = sentences((8, 11, 5), random.Random(1))
+    wanted = full(made, encoded, tokens)
+    cached = CachedDecoder(made.to(dtype).decoder)
+    encoded["encoder_out"] = [encoded["encoder_out"][0].to(dtype)]
+    found = read_at_random(cached, start(cached, encoded, 3), tokens, random.Random(2))
+    for got, one in zip(found, wanted, strict=True):
+        assert got.dtype is torch.float32
+        assert (got - one).abs().max() < tolerance
+
+
+@needs_kernels
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_which_architectures_are_native(architecture):
+    """The kernels run what they are tested for, and say what they lack of the rest."""
+    assert (missing_option(build(ARCHITECTURES[architecture]).decoder) is None) == (architecture not in NOT_NATIVE)
+
+
+@needs_kernels
+@torch.no_grad()
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("architecture", ["pre-norm", "post-norm", "all embeddings shared", "BART"])
+def test_rounded_weights(architecture, precision):
+    """The kernels' rounded weights are those of a stock decoder with rounded matrices."""
+    made = build(ARCHITECTURES[architecture])
+    encoded = encode(made, SOURCES["long"])
+    tokens = sentences((8, 11, 5), random.Random(1))
+    cached = NativeDecoder(made.decoder, precision)
+    found = read_at_random(cached, start(cached, encoded, 3), tokens, random.Random(2))
+    made.decoder = rounded_copy(made.decoder, precision)
+    for got, one in zip(found, full(made, encoded, tokens), strict=True):
+        assert_close(got, one)
+
+
+@needs_kernels
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", SOURCES.values(), ids=SOURCES)
+def test_native_results_depend_on_nothing_else_in_the_call(lengths):
+    """To the last bit: token by token, and many tokens of many sentences at once."""
+    made = build(PRE_NORM)
+    encoded = encode(made, lengths)
+    cached = NativeDecoder(made.decoder)
+    tokens = sentences((21, 14, 17), random.Random(3))
+    state = start(cached, encoded, 3)
+    together = read(cached, state, [0, 1, 2], [0, 0, 0], tokens)
+    for row, one in enumerate(tokens):
+        for position, token in enumerate(one):
+            (alone,) = read(cached, state, [row], [position], [[token]])
+            assert torch.equal(alone[0], together[row][position])
+
+
+def custom(base: type, method: str) -> type:
+    """A subclass whose ``method`` is its own."""
+    return type("Custom", (base,), {method: lambda self, *args, **kwargs: getattr(base, method)(self, *args, **kwargs)})
+
+
+def with_decoder_class(method: str) -> nn.Module:
+    made = model(0)
+    made.decoder.__class__ = custom(TransformerDecoder, method)
+    return made
+
+
+def with_layer_class() -> nn.Module:
+    made = model(0)
+    made.decoder.layers[1].__class__ = custom(TransformerDecoderLayerBase, "forward")
+    return made
+
+
+def with_foreign_layer() -> nn.Module:
+    made = model(0)
+    made.decoder.layers.append(nn.Identity())
+    return made
+
+
+def with_attention(**options: bool) -> nn.Module:
+    made = model(0)
+    width, heads = SIZE["decoder_embed_dim"], SIZE["decoder_attention_heads"]
+    made.decoder.layers[1].self_attn = MultiheadAttention(width, heads, self_attention=True, **options)
+    return made
+
+
+def with_xformers() -> nn.Module:
+    made = model(0)
+    made.decoder.layers[0].self_attn.use_xformers = True
+    return made
+
+
+def with_lstm() -> nn.Module:
+    made = model(0)
+    made.decoder = LSTMDecoder(symbols())
+    return made
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: model(0, adaptive_softmax_cutoff="8,16"), "--adaptive-softmax-cutoff"),
+        (lambda: model(0, cross_self_attention=True), "--cross-self-attention"),
+        (lambda: model(0, quant_noise_pq=0.1, quant_noise_pq_block_size=4), "--quant-noise-pq"),
+        (with_xformers, "--decoder-xformers-att-config"),
+        (lambda: with_attention(add_bias_kv=True), "add_bias_kv"),
+        (lambda: with_attention(add_zero_attn=True), "add_zero_attn"),
+        (lambda: with_decoder_class("extract_features"), "Custom computes extract_features"),
+        (lambda: with_decoder_class("extract_features_scriptable"), "Custom computes extract_features_scriptable"),
+        (lambda: with_decoder_class("output_layer"), "Custom computes output_layer"),
+        (with_layer_class, "Custom computes its forward pass"),
+        (with_foreign_layer, "layer of type Identity"),
+        (with_lstm, "LSTMDecoder"),
+    ],
+)
+def test_what_it_cannot_run_is_refused_by_name(make, named):
+    """By the decoder itself, and in one line that says which model by the generator."""
+    made, fine = make(), model(1)
+    with pytest.raises(UnsupportedDecoder, match=named):
+        CachedDecoder(made.decoder)
+    for large, small, role in ((made, fine, "large"), (fine, made, "small")):
+        with pytest.raises(BildError, match=named) as caught:
+            generator([large], [small], Rules())
+        assert role in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(params=["as it chooses", "without packing"])
+def packing(request, monkeypatch):
+    if request.param == "without packing":
+        monkeypatch.setattr(linear, "_can_pack", lambda dtype: False)
+
+
+@pytest.mark.usefixtures("packing")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (24, 16), (300, 257), (256, 257), (64, 1024)], ids=str)
+def test_make_linear_is_a_linear_layer(shape, dtype):
+    """Weights small and large, with and without bias, for one row and for many, contiguous or not."""
+    torch.manual_seed(4)
+    weight, bias = torch.randn(shape, dtype=dtype), torch.randn(shape[0], dtype=dtype)
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-10, torch.float16: 0.15, torch.bfloat16: 0.8}[dtype]
+    for some_bias in (bias, None):
+        product = linear.make_linear(weight, some_bias)
+        for rows in (1, 2, 3, 5, 8, 17):
+            x = torch.randn(rows, 2 * shape[1], dtype=dtype)
+            for given_x in (x[:, : shape[1]], x[:, : shape[1]].contiguous()):
+                got = product(given_x)
+                assert got.shape == (rows, shape[0]) and got.dtype is dtype
+                wanted = F.linear(given_x.double(), weight.double(), None if some_bias is None else some_bias.double())
+                torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance)
+
+
+def test_fused_linear_puts_projections_side_by_side():
+    torch.manual_seed(4)
+    parts = [nn.Linear(6, width) for width in (3, 5, 2)]
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        assert_close(linear.fused_linear(*parts)(x), torch.cat([part(x) for part in parts], dim=1))
+
+
+def test_make_norm_is_the_layer_norm():
+    torch.manual_seed(4)
+    norm = nn.LayerNorm(6, eps=1e-3)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        assert_close(linear.make_norm(norm)(x), norm(x))
+    assert linear.make_norm(None) is None

@@ -1,0 +1,380 @@
+"""Every mistake is told in one line, before any work starts."""
+
+import dataclasses
+import os
+from argparse import Namespace
+
+import pytest
+import torch
+from cli_support import USER_DIR, corpus, joined, save  # noqa: F401
+from fairseq import checkpoint_utils, options, tasks
+from fairseq.dataclass.configs import GenerationConfig
+from fairseq.tasks.translation_from_pretrained_bart import TranslationFromPretrainedBARTTask
+from fairseq.tasks.translation_lev import TranslationLevenshteinConfig, TranslationLevenshteinTask
+
+from bild_fairseq.errors import BildError
+from bild_fairseq.plugin.flags import BildGenerationConfig, check
+
+
+def config(**chosen):
+    return BildGenerationConfig(**{"generator": "bild", **chosen})
+
+
+def message_of(function, *arguments):
+    """The message of the BildError that a call raises; it is one line."""
+    with pytest.raises(BildError) as caught:
+        function(*arguments)
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("chosen", "named"),
+    [
+        ({"bild_fallback_threshold": float("nan")}, "--bild-fallback-threshold nan"),
+        ({"bild_fallback_threshold": -1.0}, "--bild-fallback-threshold -1"),
+        ({"bild_fallback_threshold": 1.5}, "--bild-fallback-threshold 1.5"),
+        ({"bild_fallback_threshold": float("inf")}, "--bild-fallback-threshold inf"),
+        ({"bild_rollback_threshold": float("nan")}, "--bild-rollback-threshold nan"),
+        ({"bild_rollback_threshold": -0.5}, "--bild-rollback-threshold -0.5"),
+        ({"bild_max_draft": 0}, "--bild-max-draft 0"),
+        ({"bild_max_draft": -3}, "--bild-max-draft -3"),
+        ({"bild_exit_layer": 0}, "--bild-exit-layer 0"),
+        ({"temperature": 0.0}, "--temperature 0"),
+        ({"min_len": 9, "max_len_b": 8}, "--min-len 9"),
+        ({"bild_small_path": "small.pt", "bild_exit_layer": 1}, "--bild-small-path and --bild-exit-layer"),
+        ({"bild_small_path": "nowhere/small.pt"}, "nowhere/small.pt"),
+        ({"bild_small_path": os.pathsep.join([__file__, "nowhere.pt"])}, "nowhere.pt"),
+        ({"bild_stats": "nowhere/stats.json"}, "--bild-stats nowhere/stats.json"),
+        ({"bild_stats": USER_DIR}, f"--bild-stats {USER_DIR}"),
+    ],
+)
+def test_values_out_of_range(chosen, named):
+    assert named in message_of(check, config(**chosen))
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"bild_fallback_threshold": 0.0, "bild_rollback_threshold": 0.0},
+        {"bild_fallback_threshold": 1.0, "bild_rollback_threshold": float("inf"), "bild_max_draft": 1},
+        {"min_len": 300, "max_len_a": 2.0},
+    ],
+)
+def test_values_at_the_ends_of_the_ranges_are_accepted(chosen):
+    check(config(**chosen))
+
+
+FOR_BILD_ALONE = {
+    "bild_small_path": __file__,
+    "bild_fallback_threshold": 0.0,
+    "bild_rollback_threshold": 0.0,
+    "bild_max_draft": 3,
+    "bild_start": "small",
+    "bild_verify_end": True,
+    "bild_small_precision": "int8",
+}
+
+
+@pytest.mark.parametrize("name", FOR_BILD_ALONE)
+@pytest.mark.parametrize("generator", ["beam", "greedy"])
+def test_flags_of_another_generator(name, generator):
+    message = message_of(check, config(generator=generator, **{name: FOR_BILD_ALONE[name]}))
+    assert "--" + name.replace("_", "-") in message and "--generator bild" in message
+
+
+@pytest.mark.parametrize("name", ["bild_precision", "bild_small_precision"])
+def test_half_precision_and_rounded_weights(name):
+    chosen = config(bild_small_path=__file__, **{name: "int8"})
+    check(chosen)
+    assert "--fp16" in message_of(check, Namespace(**vars(chosen), fp16=True))
+
+
+def test_an_exit_has_no_precision_of_its_own():
+    assert "--bild-small-precision" in message_of(check, config(bild_small_precision="int8"))
+
+
+@pytest.mark.parametrize("chosen", [{"bild_exit_layer": 1}, {"bild_stats": "stats.json"}])
+def test_flags_that_beam_search_would_ignore(chosen):
+    (name,) = chosen
+    assert "--" + name.replace("_", "-") in message_of(check, config(generator="beam", **chosen))
+    check(config(generator="greedy", **chosen))
+
+
+# Options that mean something for greedy decoding, and such that change nothing without another one.
+HONOURED = {"beam", "max_len_a", "max_len_b", "min_len", "match_source_len", "unnormalized", "lenpen", "unkpen"}
+HONOURED |= {"temperature", "no_repeat_ngram_size", "prefix_size", "score_reference", "sacrebleu", "print_step"}
+HONOURED |= {"no_early_stop", "no_beamable_mm", "no_seed_provided", "lm_weight", "diverse_beam_strength", "_name"}
+
+
+def another_value(default):
+    if default is None:
+        return "something"
+    return not default if isinstance(default, bool) else default + 2
+
+
+@pytest.mark.parametrize("generator", ["bild", "greedy"])
+@pytest.mark.parametrize("name", [option.name for option in dataclasses.fields(GenerationConfig)])
+def test_options_of_fairseq_are_honoured_or_refused(name, generator):
+    """Each one that fairseq has, including those that later versions add."""
+    if name.startswith("bild_") or name == "generator":
+        return
+    default = next(option.default for option in dataclasses.fields(GenerationConfig) if option.name == name)
+    args = config(generator=generator, **{name: another_value(default)}) if name != "_name" else config()
+    if name in HONOURED:
+        check(args)
+    else:
+        assert "--" + name.replace("_", "-") in message_of(check, args)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--bild-fallback-threshold", "abc"],
+        ["--bild-rollback-threshold", "high"],
+        ["--bild-max-draft", "1.5"],
+        ["--bild-exit-layer", "first"],
+        ["--bild-start", "middle"],
+        ["--bild-small-path"],
+        ["--generator", "bld"],
+    ],
+    ids=" ".join,
+)
+def test_values_that_do_not_parse(flags, capsys):
+    arguments = ["data", "--path", "large.pt", "--generator", "bild", *flags]
+    with pytest.raises(SystemExit) as caught:
+        options.parse_args_and_arch(options.get_generation_parser(), arguments)
+    assert caught.value.code not in (0, None)
+    message = capsys.readouterr().err
+    assert message.startswith("bild_fairseq: ") and message.count("\n") == 1
+    assert all(part in message for part in flags)
+
+
+@pytest.fixture(scope="module")
+def large(corpus):  # noqa: F811
+    """The large model with its task, as the programs load them."""
+    task = corpus.task()
+    models, _ = checkpoint_utils.load_model_ensemble([str(corpus.large)], task=task)
+    return task, models
+
+
+def refusal(large, **chosen):  # noqa: F811
+    task, models = large
+    return message_of(task.build_generator, models, config(**chosen))
+
+
+def test_no_small_model(large):  # noqa: F811
+    message = refusal(large)
+    assert "--bild-small-path" in message and "early-exit" in message
+
+
+def test_exit_of_a_model_without_exits(large):  # noqa: F811
+    for generator in ("bild", "greedy"):
+        assert "--bild-exit-layer" in refusal(large, generator=generator, bild_exit_layer=1)
+
+
+def test_exit_that_was_not_trained(corpus, tmp_path):  # noqa: F811
+    arch = {"arch": "early_exit_transformer_tiny", "decoder_layers": 3, "exit_layers": "1"}
+    path = corpus.checkpoint(tmp_path / "early_exit.pt", **arch)
+    task = corpus.task()
+    models, _ = checkpoint_utils.load_model_ensemble([str(path)], task=task)
+    task.build_generator(models, config())
+    for generator in ("bild", "greedy"):
+        message = refusal((task, models), generator=generator, bild_exit_layer=2)
+        assert "--bild-exit-layer 2" in message and "1" in message.partition("2")[2]
+
+
+def small_of(corpus, path, **changes):  # noqa: F811
+    """A small checkpoint that differs from the good one as told."""
+    state = torch.load(corpus.small, weights_only=False)
+    for name, value in changes.items():
+        state["cfg"]["task"][name] = value
+    return save(path, state)
+
+
+def test_small_model_of_another_dictionary(corpus, large, tmp_path):  # noqa: F811
+    """With another number of symbols, on either side, in a checkpoint or in the middle of an ensemble."""
+    for side, symbol in (("x", "more"), ("y", "MORE")):
+        for language in ("x", "y"):
+            text = (corpus.data / f"dict.{language}.txt").read_text()
+            (tmp_path / f"dict.{language}.txt").write_text(text + f"{symbol} 1\n" * (language == side))
+        path = corpus.checkpoint(tmp_path / side / "small.pt", corpus.task(tmp_path))
+        sizes = [len(large[0].source_dictionary), len(large[0].target_dictionary)]
+        for given in (path, joined([corpus.small, path])):
+            message = refusal(large, bild_small_path=str(given))
+            assert str(path) in message and "dictionary" in message
+            assert ("source" if side == "x" else "target") in message
+            size = sizes[side == "y"]
+            assert str(size) in message and str(size + 1) in message
+
+
+def test_small_model_of_a_dictionary_of_the_same_size(corpus, large, tmp_path):  # noqa: F811
+    """Seen where the dictionary that it was trained with lies beside it."""
+    path = small_of(corpus, tmp_path / "small.pt")
+    for language in ("x", "y"):
+        same = (corpus.data / f"dict.{language}.txt").read_text()
+        (tmp_path / f"dict.{language}.txt").write_text(same)
+        large[0].build_generator(large[1], config(bild_small_path=str(path)))
+        lines = same.splitlines()
+        (tmp_path / f"dict.{language}.txt").write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
+        message = refusal(large, bild_small_path=str(path))
+        assert str(path) in message and f"dict.{language}.txt" in message
+        (tmp_path / f"dict.{language}.txt").unlink()
+
+
+def test_small_model_of_other_languages(corpus, large, tmp_path):  # noqa: F811
+    for name, side in (("source_lang", "source"), ("target_lang", "target")):
+        path = small_of(corpus, tmp_path / "small.pt", **{name: "z"})
+        message = refusal(large, bild_small_path=str(path))
+        assert str(path) in message and f"{side} language" in message and "z" in message
+
+
+def language_model(corpus, folder):  # noqa: F811
+    """The checkpoint of a language model over the target words, and its task."""
+    (folder / "dict.txt").write_text((corpus.data / "dict.y.txt").read_text())
+    task = tasks.setup_task(Namespace(task="language_modeling", data=str(folder)))
+    return corpus.checkpoint(folder / "lm.pt", task, arch="transformer_lm", tokens_per_sample=20), task
+
+
+def test_small_model_without_encoder(corpus, large, tmp_path):  # noqa: F811
+    path, _ = language_model(corpus, tmp_path)
+    message = refusal(large, bild_small_path=str(path))
+    assert str(path) in message and "encoder" in message
+
+
+def test_small_model_with_fewer_source_positions(corpus, large, tmp_path):  # noqa: F811
+    """The option that the message proposes helps."""
+    path = corpus.checkpoint(tmp_path / "small.pt", max_source_positions=12)
+    message = refusal(large, bild_small_path=str(path))
+    assert "small model" in message and "--max-source-positions 12" in message
+    short = corpus.task(max_source_positions=12)
+    models, _ = checkpoint_utils.load_model_ensemble([str(corpus.large)], task=short)
+    short.build_generator(models, config(bild_small_path=str(path)))
+
+
+def test_weights_that_do_not_fit_the_options(corpus, large, tmp_path):  # noqa: F811
+    state = torch.load(corpus.small, weights_only=False)
+    del state["model"]["decoder.layers.0.fc1.weight"]
+    path = save(tmp_path / "small.pt", state)
+    assert str(path) in refusal(large, bild_small_path=str(path))
+
+
+UNSUPPORTED = {
+    "--adaptive-softmax-cutoff": {"adaptive_softmax_cutoff": "6,9", "share_decoder_input_output_embed": False},
+    "--cross-self-attention": {"cross_self_attention": True, "no_cross_attention": True},
+    "--quant-noise-pq": {"quant_noise_pq": 0.1},
+    "LSTMDecoder": {"arch": "lstm", "decoder_hidden_size": 32, "decoder_out_embed_dim": 32, "encoder_hidden_size": 32},
+}
+
+
+@pytest.mark.parametrize("option", UNSUPPORTED)
+def test_decoder_that_the_cached_decoder_cannot_run(corpus, large, tmp_path, option):  # noqa: F811
+    """As the small model and as the large one."""
+    path = corpus.checkpoint(tmp_path / "model.pt", **UNSUPPORTED[option])
+    message = refusal(large, bild_small_path=str(path))
+    assert "small model" in message and option in message
+    task = corpus.task()
+    models, _ = checkpoint_utils.load_model_ensemble([str(path)], task=task)
+    message = refusal((task, models), generator="greedy")
+    assert "large model" in message and option in message
+
+
+def bart_task(corpus):  # noqa: F811
+    task = corpus.task()
+    args = Namespace(**{**vars(task.cfg), "langs": "x,y"})
+    task = TranslationFromPretrainedBARTTask(args, task.source_dictionary, task.target_dictionary)
+    task.args = args  # it reads its options from there, where fairseq's tasks no longer put them
+    return task
+
+
+def levenshtein_task(corpus):  # noqa: F811
+    task = corpus.task()
+    return TranslationLevenshteinTask(TranslationLevenshteinConfig(), task.source_dictionary, task.target_dictionary)
+
+
+@pytest.mark.parametrize("make", [bart_task, levenshtein_task])
+@pytest.mark.parametrize("generator", ["bild", "greedy"])
+def test_tasks_that_build_their_own_generator(corpus, large, make, generator):  # noqa: F811
+    """They must not ignore the flag."""
+    small = {"bild_small_path": str(corpus.small)} if generator == "bild" else {}
+    message = message_of(make(corpus).build_generator, large[1], config(generator=generator, **small))
+    assert "--task translation_" in message and f"--generator {generator}" in message
+
+
+def test_model_without_encoder_as_the_large_one(corpus, tmp_path):  # noqa: F811
+    """A language model, in a task that translates nothing."""
+    path, task = language_model(corpus, tmp_path)
+    models, _ = checkpoint_utils.load_model_ensemble([str(path)], task=task)
+    message_of(task.build_generator, models, config(generator="greedy"))
+
+
+def damaged(corpus, folder, kind):  # noqa: F811
+    path = folder / f"{kind}.pt"
+    if kind == "text":
+        path.write_text("This is no checkpoint.\n")
+    elif kind == "truncated":
+        path.write_bytes(corpus.small.read_bytes()[:-50])
+    elif kind == "malicious":
+        state = torch.load(corpus.small, weights_only=False)
+        save(path, {**state, "extra_state": {"x": Touch(folder / "ran")}})
+    return path
+
+
+class Touch:
+    """Creates a file when it is unpickled without care."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("role", ["large", "small"])
+@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "malicious"])
+def test_program_with_a_bad_checkpoint(corpus, tmp_path, role, kind):  # noqa: F811
+    path = damaged(corpus, tmp_path, kind)
+    named = ["--path", path] if role == "large" else ["--bild-small-path", path]
+    run = corpus.generate(*corpus.bild(*named), status=None)
+    assert str(path) in run.error()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--generator bild --bild-fallback-threshold abc", "--bild-fallback-threshold"),
+        ("--generator bild --bild-rollback-threshold nan", "--bild-rollback-threshold"),
+        ("--generator bild --constraints", "--constraints"),
+        ("--generator greedy --replace-unk", "--replace-unk"),
+        ("--generator greedy --sampling", "--sampling"),
+        ("--generator greedy --lm-path lm.pt", "--lm-path"),
+        ("--bild-max-draft 3", "--bild-max-draft"),
+        ("--generator bild", "--bild-small-path"),
+        ("--generator bild --bild-exit-layer 1", "--bild-exit-layer"),
+        ("--generator greedy --bild-stats nowhere/stats.json", "--bild-stats"),
+    ],
+)
+def test_program_with_bad_flags(corpus, flags, named):  # noqa: F811
+    assert named in corpus.generate(*flags.split(), status=None).error()
+
+
+def test_interactive_program(corpus, tmp_path):  # noqa: F811
+    """Before it waits for input."""
+    run = corpus.interactive("--generator", "bild", "--nbest", 2, text="a\n", status=None)
+    assert "--nbest" in run.error()
+    path = corpus.checkpoint(tmp_path / "small.pt", quant_noise_pq=0.1)
+    run = corpus.interactive(*corpus.bild("--bild-small-path", path), text="a\n", status=None)
+    assert "--quant-noise-pq" in run.error()
+
+
+def test_program_without_a_path(corpus):  # noqa: F811
+    arguments = [corpus.data, "--user-dir", USER_DIR, "--generator", "greedy"]
+    assert "--path" in corpus.programs("generate", *arguments, status=None).error()
+
+
+def test_minimum_length_above_the_positions_of_a_model(corpus):  # noqa: F811
+    """A limit that the options alone do not tell."""
+    run = corpus.generate("--generator", "greedy", "--min-len", 100, "--max-len-b", 200, status=None)
+    assert "--min-len 100" in run.error()
