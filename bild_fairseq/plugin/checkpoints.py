@@ -68,6 +68,28 @@ def _explain(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def load_large(paths: Sequence[str], task: FairseqTask, cuda: bool = False, fp16: bool = False) -> list[nn.Module]:
+    """Loads the large model, or the members of an ensemble, ready to decode.
+
+    Args:
+        paths: checkpoint files.
+        task: the task that they run in.
+        cuda: on the GPU.
+        fp16: in half precision.
+
+    Raises:
+        BildError: a file cannot be loaded; one line that names it.
+    """
+    models, _ = checkpoint_utils.load_model_ensemble(paths, task=task)
+    for model in models:
+        model.eval()
+        if fp16:
+            model.half()
+        if cuda:
+            model.cuda()
+    return models
+
+
 def load_small(paths: Sequence[str], task: FairseqTask, like: nn.Module) -> list[nn.Module]:
     """Loads the small model, or the members of an ensemble, ready to decode next to the large model.
 

@@ -31,10 +31,10 @@ from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
 from ..errors import BildError
-from ..models.exits import EarlyExitTransformerDecoder
-from .checkpoints import allow_fairseq_globals, check_positions, load_small, with_readable_errors
-from .flags import BildGenerationConfig, check, option, policy, small_paths
+from .checkpoints import allow_fairseq_globals, with_readable_errors
+from .flags import BildGenerationConfig, check, option, policy
 from .generator import BildGenerator, SearchOptions
+from .pair import Pair
 
 logger = logging.getLogger(__name__)
 
@@ -170,13 +170,9 @@ def _build(task: FairseqTask, models: Sequence[nn.Module], args: Any, extra: dic
     if option(args, "beam") != 1:
         logger.info("--generator %s is greedy: --beam %d becomes 1", args.generator, option(args, "beam"))
         args.beam = 1
-    small = load_small(small_paths(args), task, models[0])
-    if small:
-        source_limit = min(task.max_positions()[0], *(model.max_positions()[0] for model in models))
-        check_positions(small, source_limit)
-    small_precision = str(option(args, "bild_small_precision"))
+    pair = Pair.from_args(models, task, args)
     return BildGenerator(
-        models,
+        pair.large,
         task.target_dictionary,
         policy(args),
         SearchOptions(
@@ -190,37 +186,16 @@ def _build(task: FairseqTask, models: Sequence[nn.Module], args: Any, extra: dic
             temperature=option(args, "temperature"),
             no_repeat_ngram_size=option(args, "no_repeat_ngram_size"),
         ),
-        small_models=small,
-        exit_layer=None if small else _exit_layer(models, args),
-        alone=str(args.generator) == "greedy",
+        small_models=pair.small,
+        exit_layer=pair.exit_layer,
+        alone=pair.alone,
         source_lengths=functools.partial(source_lengths, pad=task.target_dictionary.pad()),
         eos=extra.get("eos"),
         symbols_to_strip_from_output=extra.get("symbols_to_strip_from_output"),
         stats_path=option(args, "bild_stats"),
-        precision=str(option(args, "bild_precision")),
-        small_precision=None if small_precision == "same" else small_precision,
+        precision=pair.precision,
+        small_precision=pair.small_precision,
     )
-
-
-def _exit_layer(models: Sequence[nn.Module], args: Any) -> int | None:
-    """The exit that drafts, or decodes alone; None for greedy decoding at full depth."""
-    wanted = option(args, "bild_exit_layer")
-    if wanted is None and str(args.generator) == "greedy":
-        return None
-    if not all(isinstance(model.decoder, EarlyExitTransformerDecoder) for model in models):
-        if wanted is not None:
-            raise BildError("--bild-exit-layer needs an early-exit model in --path; this one has no exits")
-        raise BildError(
-            "--generator bild needs a small model: --bild-small-path small.pt, or an early-exit model in --path"
-        )
-    if wanted is None:
-        wanted = min(models[0].decoder.exit_layers)
-    for model in models:
-        try:
-            model.decoder.check_exit(wanted)
-        except ValueError as error:
-            raise BildError(f"--bild-exit-layer {wanted}: {error}") from error
-    return wanted
 
 
 def source_lengths(net_input: dict[str, Any], pad: int) -> Tensor:

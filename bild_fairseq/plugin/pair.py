@@ -1,0 +1,214 @@
+"""A large model with what drafts for it: from checkpoints and flags to something that decodes.
+
+fairseq's programs come here through ``Pair.from_args``, scripts through ``Pair.load``; both get the same checks.
+
+    pair = Pair.load("large.pt", "small.pt", task=task)             # two models
+    pair = Pair.load("early.pt", task=task)                         # an early-exit model, its lowest exit drafts
+    pair = Pair.load("large.pt", task=task, alone=True)             # greedy decoding, nothing drafts
+    other = pair.drafted_by("aligned.pt", task)                     # same large model, another small one
+    BildGenerator(pair, task.target_dictionary, Policy(0.6, 2.0))   # .greedy() and .small_alone() of a pair, too
+    print("fairseq-generate data", pair.flags())
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq.tasks import FairseqTask
+from torch import nn
+
+from ..engines.precision import PRECISIONS
+from ..errors import BildError
+from ..models.exits import EarlyExitTransformerDecoder
+from .checkpoints import check_positions, load_large, load_small
+from .flags import option, small_paths
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The models of a generation, checked.
+
+    Args:
+        large: the large model, or the members of an ensemble.
+        small: the small model, or the members of an ensemble, on the same device; empty for none.
+        exit_layer: decoder layer of ``large``, counted from the bottom, whose exit drafts; with ``alone`` it decodes
+            without the layers above. Not together with ``small``.
+        alone: nothing drafts: ``large``, or its exit, decodes greedily.
+        precision: of the weights, one of ``PRECISIONS``.
+        small_precision: of the small model's weights; None for the same.
+        large_path: checkpoints that ``large`` comes from, joined by ``:``; for :meth:`flags` only.
+        small_path: checkpoints that ``small`` comes from, joined by ``:``; for :meth:`flags` only.
+
+    Raises:
+        BildError: nothing drafts, two things do, an exit is not there, or a precision is unknown.
+    """
+
+    large: Sequence[nn.Module]
+    small: Sequence[nn.Module] = ()
+    exit_layer: int | None = None
+    alone: bool = False
+    precision: str = "float32"
+    small_precision: str | None = None
+    large_path: str | None = None
+    small_path: str | None = None
+
+    def __post_init__(self) -> None:
+        for precision in (self.precision, self.small_precision or self.precision):
+            if precision not in PRECISIONS:
+                raise BildError(f"precision {precision}: choose from {', '.join(PRECISIONS)}")
+        if self.small and (self.exit_layer is not None or self.alone):
+            raise BildError("a small model drafts only where no exit does and the large model is not alone")
+        if not self.small and self.exit_layer is None and not self.alone:
+            raise BildError("nothing drafts: give a small model or an exit layer")
+        if self.exit_layer is not None:
+            check_exit(self.large, self.exit_layer)
+        elif self.small_precision not in (None, self.precision) and not self.small:
+            raise BildError("there is no small model whose weights could have a precision of their own")
+
+    @classmethod
+    def from_args(cls, models: Sequence[nn.Module], task: FairseqTask, args: Any) -> Pair:
+        """The pair that checked generation options ask for, beside models that fairseq has loaded.
+
+        Args:
+            models: of ``--path``.
+            task: that the models run in.
+            args: fairseq's generation config with this package's fields.
+
+        Raises:
+            BildError: no small model and no exit, or one that cannot be loaded or does not fit.
+        """
+        small_precision = str(option(args, "bild_small_precision"))
+        precision = {
+            "precision": str(option(args, "bild_precision")),
+            "small_precision": None if small_precision == "same" else small_precision,
+        }
+        paths = small_paths(args)
+        if paths:
+            small = _load_drafting(paths, task, models)
+            return cls(models, small, small_path=os.pathsep.join(paths), **precision)
+        alone = str(args.generator) == "greedy"
+        return cls(models, exit_layer=_exit_of_args(models, args, alone), alone=alone, **precision)
+
+    @classmethod
+    def load(
+        cls,
+        large_path: str,
+        small_path: str | None = None,
+        *,
+        task: FairseqTask,
+        exit_layer: int | None = None,
+        alone: bool = False,
+        precision: str = "float32",
+        small_precision: str | None = None,
+        cuda: bool = False,
+        fp16: bool = False,
+    ) -> Pair:
+        """Loads a pair.
+
+        Args:
+            large_path: a checkpoint, or several joined by ``:`` for an ensemble.
+            small_path: the same for the small model; None: an exit drafts, or nothing does.
+            task: whose dictionaries and languages all models must fit.
+            exit_layer: of an early-exit model; None for the lowest, where there is neither a small model nor ``alone``.
+            alone: nothing drafts.
+            precision, small_precision: as of :class:`Pair`.
+            cuda: on the GPU.
+            fp16: the models themselves in half precision, as fairseq's ``--fp16``.
+
+        Raises:
+            BildError: a checkpoint cannot be loaded or does not fit; one line that names it.
+        """
+        large = load_large(large_path.split(os.pathsep), task, cuda=cuda, fp16=fp16)
+        if small_path is None and not alone and exit_layer is None:
+            exit_layer = lowest_exit(large)
+        small = _load_drafting(small_path.split(os.pathsep), task, large) if small_path else ()
+        return cls(large, small, exit_layer, alone, precision, small_precision, large_path, small_path)
+
+    def drafted_by(self, small_path: str, task: FairseqTask) -> Pair:
+        """The same large model with another small one; see :meth:`load`."""
+        small = _load_drafting(small_path.split(os.pathsep), task, self.large)
+        return dataclasses.replace(self, small=small, small_path=small_path, exit_layer=None, alone=False)
+
+    def drafted_by_exit(self, exit_layer: int | None = None) -> Pair:
+        """The same large model with one of its exits, the lowest unless given."""
+        layer = lowest_exit(self.large) if exit_layer is None else exit_layer
+        return dataclasses.replace(self, small=(), small_path=None, small_precision=None, exit_layer=layer, alone=False)
+
+    def greedy(self) -> Pair:
+        """The large model alone."""
+        return dataclasses.replace(self, small=(), small_path=None, small_precision=None, exit_layer=None, alone=True)
+
+    def small_alone(self) -> Pair:
+        """What drafts, decoding greedily without the large model."""
+        if not self.small:
+            return dataclasses.replace(self, alone=True)
+        precision = self.small_precision or self.precision
+        return Pair(self.small, alone=True, precision=precision, large_path=self.small_path)
+
+    def flags(self) -> str:
+        """What selects this pair in fairseq-generate."""
+        words = ["--path", self.large_path, "--generator", "greedy" if self.alone else "bild"]
+        if self.small:
+            words += ["--bild-small-path", self.small_path]
+        elif self.exit_layer is not None:
+            words += ["--bild-exit-layer", str(self.exit_layer)]
+        if self.precision != "float32":
+            words += ["--bild-precision", self.precision]
+        if self.small_precision not in (None, self.precision):
+            words += ["--bild-small-precision", self.small_precision]
+        return shlex.join(words)
+
+
+def _load_drafting(paths: Sequence[str], task: FairseqTask, large: Sequence[nn.Module]) -> list[nn.Module]:
+    """A small model that reads whatever the large one is given."""
+    small = load_small(paths, task, large[0])
+    check_positions(small, min(task.max_positions()[0], *(model.max_positions()[0] for model in large)))
+    return small
+
+
+def has_exits(models: Sequence[nn.Module]) -> bool:
+    """Whether every model is an early-exit one."""
+    return all(isinstance(getattr(model, "decoder", None), EarlyExitTransformerDecoder) for model in models)
+
+
+def lowest_exit(models: Sequence[nn.Module]) -> int:
+    """The lowest trained exit of an early-exit model.
+
+    Raises:
+        BildError: the model has no exits.
+    """
+    if not has_exits(models):
+        raise BildError("nothing drafts: the model has no exits, and no small model is given")
+    return min(models[0].decoder.exit_layers)
+
+
+def check_exit(models: Sequence[nn.Module], exit_layer: int) -> None:
+    """Refuses an exit that was not trained.
+
+    Raises:
+        BildError: naming the exits that there are.
+    """
+    if not has_exits(models):
+        raise BildError("--bild-exit-layer needs an early-exit model in --path; this one has no exits")
+    for model in models:
+        try:
+            model.decoder.check_exit(exit_layer)
+        except ValueError as error:
+            raise BildError(f"--bild-exit-layer {exit_layer}: {error}") from error
+
+
+def _exit_of_args(models: Sequence[nn.Module], args: Any, alone: bool) -> int | None:
+    """The exit that drafts, or decodes alone; None for greedy decoding at full depth."""
+    wanted = option(args, "bild_exit_layer")
+    if wanted is not None or alone:
+        return wanted
+    if not has_exits(models):
+        raise BildError(
+            "--generator bild needs a small model: --bild-small-path small.pt, or an early-exit model in --path"
+        )
+    return lowest_exit(models)
