@@ -17,8 +17,8 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from reference import LARGE, SMALL, Result, Rules
 from torch import Tensor, nn
 
-from bild_fairseq.decoding.decode import Policy
-from bild_fairseq.engines.native import NativeDecoder
+from bild_fairseq.decoding.policies import Policy
+from bild_fairseq.engines.native.decoder import NativeDecoder
 from bild_fairseq.engines.torch.decoder import CachedDecoder
 from bild_fairseq.plugin.generator import BildGenerator, SearchOptions
 

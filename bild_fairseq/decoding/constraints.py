@@ -15,7 +15,7 @@ Array = np.ndarray | Tensor
 
 @dataclass(frozen=True)
 class Constraints:
-    """Limits on a generated sentence; lengths are in tokens without the end symbol.
+    """Limits on the sentences of a batch; lengths are in tokens without the end symbol.
 
     Positions inside a forced prefix are exempt from ``min_len`` and from n-gram blocking.
     """
@@ -28,38 +28,41 @@ class Constraints:
     exact_lengths: Sequence[int] | None = None  # per row, for --match-source-len
     unk_penalty: float = 0.0
     no_repeat_ngram_size: int = 0  # 0: off
+    prefix_lengths: Sequence[int] = ()  # per row, how many tokens are forced; () for none anywhere
 
     @property
     def depend_on_text(self) -> bool:
         """Whether what is forbidden depends on more than the position."""
         return bool(self.no_repeat_ngram_size) or self.exact_lengths is not None
 
+    def prefix_length(self, row: int) -> int:
+        """How many tokens of a row are forced."""
+        return self.prefix_lengths[row] if self.prefix_lengths else 0
+
     def apply(
         self,
         logits: Array,
         normalizers: Array,
-        places: Sequence[tuple[int, int]],
+        positions: Sequence[tuple[int, int]],
         tokens: Sequence[Sequence[int]],
-        prefix_lengths: Sequence[int],
     ) -> None:
         """Changes logits in place; what is left is not renormalised.
 
         Args:
             logits: (predictions, vocab).
             normalizers: (predictions,) logsumexp of the logits before any change.
-            places: for each prediction the row and the position (0: the first generated token) it is for.
+            positions: for each prediction the row and the position (0: the first generated token) it is for.
             tokens: every row of the batch, the start symbol first.
-            prefix_lengths: per row, the number of forced tokens.
         """
         logits[:, self.pad] = -math.inf
         if self.unk_penalty:
             logits[:, self.unk] -= self.unk_penalty
-        for index, (row, position) in enumerate(places):
+        for index, (row, position) in enumerate(positions):
             if position >= self.max_len:
                 end = float(logits[index, self.eos])
                 logits[index] = -math.inf
                 logits[index, self.eos] = end
-            elif position >= prefix_lengths[row]:
+            elif position >= self.prefix_length(row):
                 if position < self.min_len:
                     logits[index, self.eos] = -math.inf
                 if self.no_repeat_ngram_size:

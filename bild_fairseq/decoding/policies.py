@@ -1,8 +1,28 @@
-"""The two policies of Big Little Decoder (Kim et al., NeurIPS 2023, sections 3.2 and 3.3)."""
+"""The two policies of Big Little Decoder (Kim et al., NeurIPS 2023, sections 3.2 and 3.3), as pure functions."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The thresholds and rules of a generation.
+
+    Args:
+        fallback_threshold: probability, 0 to 1; the small model hands over below it.
+        rollback_threshold: nats, 0 to inf; the large model goes back to the first drafted token above it.
+        max_draft: tokens that the small model drafts in a row at most, 1 to inf.
+        start_small: the small model writes the first token, not the large one.
+        verify_end: the large model also verifies what was drafted before the end symbol.
+    """
+
+    fallback_threshold: float = 0.6
+    rollback_threshold: float = 2.0
+    max_draft: float = 10
+    start_small: bool = False
+    verify_end: bool = False
 
 
 def falls_back(max_lprob: float, threshold: float) -> bool:

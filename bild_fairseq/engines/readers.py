@@ -1,208 +1,206 @@
-"""Models reading along: how far each row of a batch has been consumed, and what comes next.
+"""Readers: an engine, an ensemble of engines, or the two ends of an early-exit decoder, as the algorithm wants them.
 
-The decoding loop sees a small and a large model only as two readers. Whether a reader is a model of its own, an
-ensemble, or one end of an early-exit decoder is decided here.
+Draft and verification are written once, over logits and constraints. An engine that can do one of them in a single call
+of its own overrides it.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import islice
-from typing import Any, Protocol
+from itertools import pairwise
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from ..decoding.constraints import Constraints
-from ..decoding.decode import Judgement, Prediction, Reader
-from .native import NativeDecoder
-from .torch.decoder import Select
+from ..decoding.constraints import Array, Constraints
+from ..decoding.policies import falls_back
+from ..decoding.reader import Prediction, Reader, Tokens, Verdict
+from .base import Engine, Logits, Pass, State
 
 
-class Decoder(Protocol):
-    """A decoder that reads several tokens at once: ``CachedDecoder``, ``GraphedDecoder`` or ``NativeDecoder``."""
+class LogitsReader(ABC, Reader):
+    """Drafts and verifies with the logits of a model, under the constraints of the batch."""
 
-    depth: int
+    def __init__(self, constraints: Constraints):
+        self.constraints = constraints
 
-    def read(
+    @property
+    @abstractmethod
+    def consumed(self) -> Sequence[int]:
+        """Per row: tokens read so far, the start symbol included."""
+
+    @abstractmethod
+    def logits(self, tokens: Tokens, rows: Sequence[int], last_only: bool) -> Logits:
+        """Reads all that it has not read of some rows.
+
+        Returns:
+            what follows each token that was read, row by row, or only each row's last one.
+        """
+
+    def draft(self, tokens: Tokens, rows: Sequence[int], limit: float, threshold: float) -> list[list[Prediction]]:
+        texts = list(tokens)
+        for row in rows:
+            texts[row] = list(tokens[row])
+        drafts: dict[int, list[Prediction]] = {row: [] for row in rows}
+        going = list(rows)
+        while going:
+            positions = [(row, len(texts[row]) - 1) for row in going]
+            logits, normalizers = self._constrained(texts, going, positions, last_only=True)
+            best, lprobs = best_tokens(logits, normalizers)
+            for row, token, lprob in zip(list(going), best, lprobs, strict=True):
+                drafts[row].append(Prediction(token, lprob))
+                ended = token == self.constraints.eos or math.isnan(lprob) or falls_back(lprob, threshold)
+                if ended or len(drafts[row]) >= limit:
+                    going.remove(row)
+                else:
+                    texts[row].append(token)
+        return list(drafts.values())
+
+    def verify(self, tokens: Tokens, rows: Sequence[int]) -> list[list[Verdict]]:
+        firsts = [self.consumed[row] for row in rows]
+        positions = [
+            (row, position)
+            for row, first in zip(rows, firsts, strict=True)
+            for position in range(first, len(tokens[row]))
+        ]
+        # The token that follows each token read; none follows a row's last one, and the end symbol fills in.
+        drafted = [(*tokens[row], self.constraints.eos)[position + 1] for row, position in positions]
+        logits, normalizers = self._constrained(tokens, rows, positions, last_only=False)
+        verdicts = [Verdict(*values) for values in zip(*best_tokens(logits, normalizers, drafted), strict=True)]
+        ends = [0]
+        for row, first in zip(rows, firsts, strict=True):
+            ends.append(ends[-1] + len(tokens[row]) - first)
+        return [verdicts[begin:end] for begin, end in pairwise(ends)]
+
+    def _constrained(
+        self, tokens: Tokens, rows: Sequence[int], positions: Sequence[tuple[int, int]], last_only: bool
+    ) -> tuple[Array, Array]:
+        """Logits (predictions, vocab) under the constraints, and their normalizers from before (predictions,).
+
+        Args:
+            positions: row and position of each prediction. Position i is that of the i-th generated token.
+        """
+        logits, normalizers = self.logits(tokens, rows, last_only)
+        if logits.device.type == "cpu":  # NumPy is quicker about small things
+            logits, normalizers = logits.numpy(), normalizers.numpy()
+        self.constraints.apply(logits, normalizers, positions, tokens)
+        return logits, normalizers
+
+
+class EngineReader(LogitsReader):
+    """Some layers of an engine's decoder.
+
+    Args:
+        engine, state: the model, and what it remembers of the batch.
+        layers: the first layer and the first one above. From layer 0 to the engine's depth it is the whole decoder, up
+            to an exit layer it is the small model of an early-exit decoder.
+        constraints: of the batch.
+        below: for the layers above an exit, the reader of the layers below, whose hidden states they go on from.
+        keep: keep hidden states for a reader of the layers above.
+    """
+
+    def __init__(
         self,
-        state: Any,
-        unread: Sequence[Sequence[int]],
-        rows: Sequence[int],
-        starts: Sequence[int],
+        engine: Engine,
+        state: State,
         layers: tuple[int, int],
-        select: Select,
+        constraints: Constraints,
+        below: EngineReader | None = None,
         keep: bool = False,
-    ) -> tuple[Tensor, Tensor] | None:
-        """See ``CachedDecoder.read``."""
-        ...
+    ):
+        super().__init__(constraints)
+        self.engine, self.state, self.layers = engine, state, layers
+        self._consumed = [0] * state.batch
+        self._below, self._keep = below, keep
 
+    @property
+    def consumed(self) -> Sequence[int]:
+        return self._consumed
 
-class _Cursor:
-    """Reads some layers of a decoder, and remembers how much of each row has been consumed."""
+    def logits(self, tokens: Tokens, rows: Sequence[int], last_only: bool) -> Logits:
+        return self.engine.run(self.state, self.next_pass(tokens, rows, "last" if last_only else "all"))
 
-    def __init__(self, decoder: Decoder, state: Any, layers: tuple[int, int], keep: bool = False):
-        self.consumed = [0] * state.batch
-        self.decoder = decoder
-        self.state = state
-        self.layers = layers
-        self._keep = keep
+    def next_pass(self, tokens: Tokens, rows: Sequence[int], predict: str) -> Pass:
+        """The pass over all that has not been read of some rows, which then counts as read."""
+        if self._below is not None:
+            self._below.catch_up(tokens, rows)
+        starts = [self._consumed[row] for row in rows]
+        unread = [tokens[row][start:] for row, start in zip(rows, starts, strict=True)]
+        for row in rows:
+            self._consumed[row] = len(tokens[row])
+        return Pass(rows, starts, unread, self.layers, predict, self._keep)
+
+    def catch_up(self, tokens: Tokens, rows: Sequence[int]) -> None:
+        """Reads what is unread of some rows without predicting anything."""
+        behind = [row for row in rows if self._consumed[row] < len(tokens[row])]
+        if behind:
+            self.engine.run(self.state, self.next_pass(tokens, behind, "none"))
 
     def rollback(self, row: int, length: int) -> None:
-        self.consumed[row] = min(self.consumed[row], length)
-
-    def draft(
-        self,
-        tokens: Sequence[Sequence[int]],
-        rows: Sequence[int],
-        limits: Sequence[int],
-        threshold: float,
-        constraints: Constraints,
-    ) -> list[list[Prediction]] | None:
-        if not isinstance(self.decoder, NativeDecoder) or constraints.depend_on_text:
-            return None
-        starts, unread = self._unread(tokens, rows)
-        minima = [max(0, constraints.min_len - len(tokens[row]) + 1) for row in rows]
-        drafts = self.decoder.draft(
-            self.state, unread, rows, starts, self.layers, constraints, threshold, limits, minima, self._keep
-        )
-        for row, predictions in zip(rows, drafts, strict=True):
-            self.consumed[row] = len(tokens[row]) + len(predictions) - 1
-        return drafts
-
-    def judge(
-        self, tokens: Sequence[Sequence[int]], rows: Sequence[int], constraints: Constraints
-    ) -> list[list[Judgement]] | None:
-        if not isinstance(self.decoder, NativeDecoder) or constraints.depend_on_text:
-            return None
-        starts, unread = self._unread(tokens, rows)
-        # The token that stands after each one that is read; after a row's last one none does, and eos fills in.
-        standing = [
-            token
-            for row, start in zip(rows, starts, strict=True)
-            for token in (*tokens[row][start + 1 :], constraints.eos)
-        ]
-        may_end = [
-            position >= constraints.min_len
-            for row, start in zip(rows, starts, strict=True)
-            for position in range(start, len(tokens[row]))
-        ]
-        judged = iter(
-            self.decoder.judge(
-                self.state, unread, rows, starts, self.layers, constraints, standing, may_end, self._keep
-            )
-        )
-        for row in rows:
-            self.consumed[row] = len(tokens[row])
-        return [list(islice(judged, len(part))) for part in unread]
-
-    def _unread(self, tokens: Sequence[Sequence[int]], rows: Sequence[int]) -> tuple[list[int], list[Sequence[int]]]:
-        starts = [self.consumed[row] for row in rows]
-        return starts, [tokens[row][start:] for row, start in zip(rows, starts, strict=True)]
-
-    def _read(
-        self, tokens: Sequence[Sequence[int]], rows: Sequence[int], select: Select
-    ) -> tuple[Tensor, Tensor] | None:
-        starts, unread = self._unread(tokens, rows)
-        result = self.decoder.read(self.state, unread, rows, starts, self.layers, select, self._keep)
-        for row in rows:
-            self.consumed[row] = len(tokens[row])
-        return result
+        self._consumed[row] = min(self._consumed[row], length)
 
 
-class ModelReader(_Cursor):
-    """A decoder reading from its first layer to ``depth``: a model of its own, or an exit used alone."""
-
-    def __init__(self, decoder: Decoder, state: Any, depth: int | None = None):
-        super().__init__(decoder, state, (0, decoder.depth if depth is None else depth))
-
-    def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> tuple[Tensor, Tensor]:
-        return self._read(tokens, rows, "last" if last_only else "all")
-
-
-class EnsembleReader:
-    """Several readers as one: the mean of their probabilities, as in fairseq's ``EnsembleModel``.
+class EnsembleReader(LogitsReader):
+    """Several readers as one, or one at another temperature: the mean of their probabilities, as fairseq's ensemble.
 
     Each member's logits are divided by the temperature before the mean, so its logits are log-probabilities of
     the tempered ensemble.
     """
 
-    def __init__(self, readers: Sequence[Reader], temperature: float = 1.0):
+    def __init__(self, readers: Sequence[LogitsReader], constraints: Constraints, temperature: float = 1.0):
+        super().__init__(constraints)
         self._readers = list(readers)
         self._temperature = temperature
 
     @property
-    def consumed(self) -> list[int]:
+    def consumed(self) -> Sequence[int]:
         return self._readers[0].consumed
 
-    def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> tuple[Tensor, Tensor]:
-        results = [reader.read(tokens, rows, last_only) for reader in self._readers]
+    def logits(self, tokens: Tokens, rows: Sequence[int], last_only: bool) -> Logits:
+        members = [reader.logits(tokens, rows, last_only) for reader in self._readers]
         if self._temperature != 1.0:
-            tempered = [logits / self._temperature for logits, _ in results]
-            results = [(logits, torch.logsumexp(logits, dim=-1)) for logits in tempered]
-        if len(results) == 1:
-            return results[0]
-        lprobs = torch.stack([logits - normalizer[:, None] for logits, normalizer in results])
-        mean = torch.logsumexp(lprobs, dim=0) - math.log(len(results))
+            tempered = [logits / self._temperature for logits, _ in members]
+            members = [(logits, torch.logsumexp(logits, dim=-1)) for logits in tempered]
+        if len(members) == 1:
+            return members[0]
+        lprobs = torch.stack([logits - normalizers[:, None] for logits, normalizers in members])
+        mean = torch.logsumexp(lprobs, dim=0) - math.log(len(members))
         return mean, mean.new_zeros(mean.size(0))
-
-    def draft(
-        self,
-        tokens: Sequence[Sequence[int]],
-        rows: Sequence[int],
-        limits: Sequence[int],
-        threshold: float,
-        constraints: Constraints,
-    ) -> list[list[Prediction]] | None:
-        if len(self._readers) > 1 or self._temperature != 1.0:
-            return None
-        return self._readers[0].draft(tokens, rows, limits, threshold, constraints)
-
-    def judge(
-        self, tokens: Sequence[Sequence[int]], rows: Sequence[int], constraints: Constraints
-    ) -> list[list[Judgement]] | None:
-        if len(self._readers) > 1 or self._temperature != 1.0:
-            return None
-        return self._readers[0].judge(tokens, rows, constraints)
 
     def rollback(self, row: int, length: int) -> None:
         for reader in self._readers:
             reader.rollback(row, length)
 
 
-class ExitReader(_Cursor):
-    """The shallow end of an early-exit decoder: drafts from the exit and keeps the hidden states there."""
-
-    def __init__(self, decoder: Decoder, state: Any, exit_layer: int):
-        super().__init__(decoder, state, (0, exit_layer), keep=True)
-
-    def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> tuple[Tensor, Tensor]:
-        return self._read(tokens, rows, "last" if last_only else "all")
-
-    def catch_up(self, tokens: Sequence[Sequence[int]], rows: Sequence[int]) -> None:
-        """Reads what is unread of some rows without predicting anything."""
-        behind = [row for row in rows if self.consumed[row] < len(tokens[row])]
-        if behind:
-            self._read(tokens, behind, "none")
+def combined(readers: Sequence[LogitsReader], constraints: Constraints, temperature: float) -> LogitsReader:
+    """The readers of an ensemble as one; a single one at temperature 1 as it is."""
+    if len(readers) == 1 and temperature == 1.0:
+        return readers[0]
+    return EnsembleReader(readers, constraints, temperature)
 
 
-class ResumeReader(_Cursor):
-    """The deep end of an early-exit decoder: goes on from the hidden states that the exit has left.
+def best_tokens(logits: Array, normalizers: Array, drafted: Sequence[int] | None = None) -> tuple[list, ...]:
+    """Per prediction the best token and its log-probability, and the log-probability of the drafted token.
 
-    The shallow layers run only over tokens that the exit has not read yet.
+    A prediction whose logits are not all numbers has a log-probability that is none.
+
+    Args:
+        logits: (predictions, vocab).
+        normalizers: (predictions,).
+        drafted: a token for each prediction.
     """
-
-    def __init__(self, shallow: ExitReader):
-        super().__init__(shallow.decoder, shallow.state, (shallow.layers[1], shallow.decoder.depth))
-        self._shallow = shallow
-
-    def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> tuple[Tensor, Tensor]:
-        self._shallow.catch_up(tokens, rows)
-        return self._read(tokens, rows, "last" if last_only else "all")
-
-    def judge(
-        self, tokens: Sequence[Sequence[int]], rows: Sequence[int], constraints: Constraints
-    ) -> list[list[Judgement]] | None:
-        self._shallow.catch_up(tokens, rows)
-        return super().judge(tokens, rows, constraints)
+    if isinstance(logits, np.ndarray):
+        best = logits.argmax(1).tolist()
+        chosen = [best] if drafted is None else [best, drafted]
+        return best, *(
+            [float(logits[i, token] - normalizers[i]) for i, token in enumerate(tokens)] for tokens in chosen
+        )
+    chosen = [logits.argmax(1)]
+    if drafted is not None:
+        chosen.append(torch.tensor(drafted, device=logits.device))
+    lprobs = [logits.gather(1, tokens[:, None]).squeeze(1) - normalizers for tokens in chosen]
+    # One transfer; token numbers are exact in double precision.
+    best, *lprobs = torch.stack([chosen[0].double(), *(lprob.double() for lprob in lprobs)]).tolist()
+    return [int(token) for token in best], *lprobs

@@ -10,7 +10,7 @@ from typing import Any, Optional
 from fairseq.dataclass import ChoiceEnum
 from fairseq.dataclass.configs import GenerationConfig
 
-from ..decoding.decode import Policy
+from ..decoding.policies import Policy
 from ..engines.precision import PRECISIONS
 from ..errors import BildError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -16,13 +17,12 @@ from torch import Tensor, nn
 
 from ..decoding.constraints import Constraints
 from ..decoding.counters import Counters, summary, total
-from ..decoding.decode import Policy, Sentence, decode
-from ..engines.native import NativeDecoder, NativeEncoder, missing_option
-from ..engines.precision import rounded_copy
-from ..engines.readers import EnsembleReader, ExitReader, ModelReader, ResumeReader
-from ..engines.torch.decoder import CachedDecoder, unsupported_option
-from ..engines.torch.graphs import GraphedDecoder
-from ..engines.torch.lean_encoder import LeanEncoder, is_stock
+from ..decoding.decode import decode
+from ..decoding.policies import Policy
+from ..decoding.reader import Reader
+from ..decoding.sentence import Sentence
+from ..engines.choose import engine_for
+from ..engines.readers import combined
 from ..errors import BildError
 
 logger = logging.getLogger(__name__)
@@ -90,12 +90,12 @@ class BildGenerator:
         self.pad, self.unk = tgt_dict.pad(), tgt_dict.unk()
         self.eos = tgt_dict.eos() if eos is None else eos
         self.symbols_to_strip_from_output = (symbols_to_strip_from_output or set()) | {self.eos}
-        self._large = [_Member(model, "large", precision) for model in models]
-        self._small = [_Member(model, "small", small_precision or precision) for model in small_models]
+        self._large = [engine_for(model, precision, "large") for model in models]
+        self._small = [engine_for(model, small_precision or precision, "small") for model in small_models]
         self._exit_layer = exit_layer
         self._alone = alone
         self._source_lengths = source_lengths
-        self._max_positions = min(member.model.max_decoder_positions() for member in self._large + self._small)
+        self._max_positions = min(model.max_decoder_positions() for model in (*models, *small_models))
         self._stats_path = stats_path
         self._records: list[dict[str, Any]] = []
         self._counters: list[Counters] = []
@@ -130,15 +130,12 @@ class BildGenerator:
             raise BildError("lexical constraints are not supported; leave --constraints out")
         batch, width = sample["net_input"]["src_tokens"].shape
         limits, source_lengths = self._limits(sample["net_input"], width)
-        large, small = self.readers(sample)
-        sentences = decode(
-            large,
-            small,
-            self.eos if bos_token is None else bos_token,
-            self._prefixes(prefix_tokens, batch),
-            self.policy,
-            limits,
-        )
+        prefixes = [prefix[: limits.max_len] for prefix in self._prefixes(prefix_tokens, batch)]
+        if any(prefixes):
+            limits = dataclasses.replace(limits, prefix_lengths=[len(prefix) for prefix in prefixes])
+        large, small = self.readers(sample, limits)
+        start = self.eos if bos_token is None else bos_token
+        sentences = decode(large, small, start, prefixes, self.policy, self.eos)
         self._record(sample, sentences)
         return [
             [self._hypothesis(sentence, None if source_lengths is None else source_lengths[row])]
@@ -146,26 +143,26 @@ class BildGenerator:
         ]
 
     @torch.no_grad()
-    def readers(self, sample: dict[str, Any]) -> tuple[EnsembleReader, EnsembleReader | None]:
+    def readers(self, sample: dict[str, Any], constraints: Constraints) -> tuple[Reader, Reader | None]:
         """Runs the encoders; returns the large reader and the small one, if there is one, for ``decode``.
 
         Args:
             sample: as for :meth:`generate`.
+            constraints: of the batch.
         """
         net_input = {name: value for name, value in sample["net_input"].items() if name != "prev_output_tokens"}
-        batch = net_input["src_tokens"].size(0)
-        large, small = [], [member.reader(net_input, batch) for member in self._small]
-        for member in self._large:
-            if self._exit_layer is None:
-                large.append(member.reader(net_input, batch))
-            elif self._alone:
-                large.append(member.reader(net_input, batch, self._exit_layer))
+        small = [engine.reader(engine.start(net_input), (0, engine.depth), constraints) for engine in self._small]
+        large = []
+        for engine in self._large:
+            state = engine.start(net_input)
+            if self._exit_layer is None or self._alone:
+                large.append(engine.reader(state, (0, self._exit_layer or engine.depth), constraints))
             else:
-                shallow = member.exit_reader(net_input, batch, self._exit_layer)
+                shallow = engine.reader(state, (0, self._exit_layer), constraints, keep=True)
                 small.append(shallow)
-                large.append(ResumeReader(shallow))
+                large.append(engine.reader(state, (self._exit_layer, engine.depth), constraints, below=shallow))
         temperature = self.options.temperature
-        return EnsembleReader(large, temperature), EnsembleReader(small, temperature) if small else None
+        return combined(large, constraints, temperature), combined(small, constraints, temperature) if small else None
 
     def counters(self) -> Counters:
         """The sum over all sentences generated so far."""
@@ -249,47 +246,3 @@ class BildGenerator:
             "steps": sentence.counters.large_calls,
             "counters": sentence.counters,
         }
-
-
-class _Member:
-    """One model of an ensemble, laid out for decoding."""
-
-    def __init__(self, model: nn.Module, role: str, precision: str):
-        self.model = model
-        model.eval()
-        if not hasattr(model, "encoder"):
-            raise BildError(f"the {role} model has no encoder, so it is not an encoder-decoder Transformer")
-        reason = unsupported_option(model.decoder)
-        if reason is not None:
-            raise BildError(f"the {role} model cannot be decoded from a cache: {reason}")
-        missing = missing_option(model.decoder)
-        if missing is None:
-            self.decoder = NativeDecoder(model.decoder, precision)
-        else:
-            logger.info("the %s decoder runs on PyTorch's operators: %s", role, missing)
-            self.decoder = CachedDecoder(rounded_copy(model.decoder, precision))
-            if self.decoder.device.type == "cuda" and self.decoder.attends_to_source:
-                self.decoder = GraphedDecoder(self.decoder)
-        self._encoder = None
-        if is_stock(model.encoder):
-            if missing_option(model.encoder) is None:
-                self._encoder = NativeEncoder(model.encoder, precision)
-            else:
-                self._encoder = LeanEncoder(rounded_copy(model.encoder, precision))
-        elif precision != "float32":
-            self.model = rounded_copy(model, precision)
-
-    def reader(self, net_input: dict[str, Any], batch: int, depth: int | None = None) -> ModelReader:
-        return ModelReader(self.decoder, self._start(net_input, batch), depth)
-
-    def exit_reader(self, net_input: dict[str, Any], batch: int, exit_layer: int) -> ExitReader:
-        return ExitReader(self.decoder, self._start(net_input, batch), exit_layer)
-
-    def _start(self, net_input: dict[str, Any], batch: int) -> Any:
-        if self._encoder is not None:
-            encoder_out, padding = self._encoder(net_input["src_tokens"])
-        else:
-            out = self.model.encoder.forward_torchscript(net_input)
-            encoder_out, masks = out["encoder_out"][0], out["encoder_padding_mask"]
-            padding = masks[0] if masks else None
-        return self.decoder.start(encoder_out, padding, batch)

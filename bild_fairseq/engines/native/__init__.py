@@ -1,7 +1,6 @@
-"""Forward passes on a CPU in C, for the usual Transformers; everything else runs on PyTorch's operators."""
+"""The engine in C, for the usual Transformers on a CPU."""
 
-from .decoder import NativeDecoder
-from .encoder import NativeEncoder
+from .engine import NativeEngine
 from .stack import missing_option
 
-__all__ = ["NativeDecoder", "NativeEncoder", "missing_option"]
+__all__ = ["NativeEngine", "missing_option"]

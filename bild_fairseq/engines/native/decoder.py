@@ -12,7 +12,6 @@ from fairseq.models.transformer import TransformerDecoderBase
 from torch import Tensor
 
 from ...decoding.constraints import Constraints
-from ..torch.decoder import Select
 from .stack import PackedStack
 from .structs import Head, Linear, State
 
@@ -135,7 +134,7 @@ class NativeDecoder:
         rows: Sequence[int],
         starts: Sequence[int],
         layers: tuple[int, int],
-        select: Select,
+        select: str,
         keep: bool = False,
     ) -> tuple[Tensor, Tensor] | None:
         """See :meth:`~bild_fairseq.engines.torch.decoder.CachedDecoder.read`."""

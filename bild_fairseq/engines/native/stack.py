@@ -13,7 +13,7 @@ from fairseq.models.transformer import TransformerDecoderBase
 from torch import Tensor, nn
 
 from ...decoding.constraints import Constraints
-from ..torch.decoder import position_table
+from ..positions import position_table
 from .build import library
 from .structs import Arena, Call, Draft, Head, Judgement, Limits, Linear, Stack, State
 

@@ -9,7 +9,7 @@ is rounded up: a handful of graphs serves a whole test set.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .decoder import CachedDecoder, DecoderState, Select, pad
-from .source_attention import Projected
+from ..base import Logits, Pass, State
+from .attention import Source
+from .cache import DecoderState
+from .decoder import CachedDecoder, pad
 
 logger = logging.getLogger(__name__)
 
@@ -28,20 +30,20 @@ _WIDTHS = (1, 2, 4, 6, 8, 12, 16)
 _SOURCE_STEP = 32
 _LENGTH_STEP = 32
 
-Pass = Callable[[], tuple[Tensor, Tensor] | None]
+Run = Callable[[], Logits | None]
 
 # Passes over more rows keep the device busy without a graph, whose logits would stay in memory.
 _ROWS = 64
 
 
 @dataclass
-class GraphedState:
+class GraphedState(State):
     """A state that serves one batch after another, and the passes over it."""
 
     state: DecoderState
-    source: Projected
+    source: Source
     inputs: dict[int, Tensor] = field(default_factory=dict)  # by new tokens: (2, batch, new) tokens and positions
-    passes: dict[tuple, Pass] = field(default_factory=dict)
+    passes: dict[tuple, Run] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -90,7 +92,7 @@ class GraphedDecoder:
             padding_mask = torch.zeros(batch, source, dtype=torch.bool, device=encoder_out.device)
         padding_mask = F.pad(padding_mask, (0, width - source), value=True)
         encoder_out = F.pad(encoder_out, (0, 0, 0, 0, 0, width - source))
-        projected = self._decoder.project_source(encoder_out, padding_mask, absorb=False)
+        projected = self._decoder.project_source(encoder_out, padding_mask)
         kept = self._states.get((batch, width))
         if kept is None:
             state = self._decoder.new_state(batch, _round_up(32 + 2 * width, _LENGTH_STEP))
@@ -103,31 +105,13 @@ class GraphedDecoder:
             kept.source.mask.copy_(projected.mask)
         return kept
 
-    def read(
-        self,
-        state: GraphedState,
-        unread: Sequence[Sequence[int]],
-        rows: Sequence[int],
-        starts: Sequence[int],
-        layers: tuple[int, int],
-        select: Select,
-        keep: bool = False,
-    ) -> tuple[Tensor, Tensor] | None:
+    def read(self, state: GraphedState, step: Pass) -> Logits | None:
         """See :meth:`CachedDecoder.read`; the next call may overwrite what is returned."""
-        longest = max(map(len, unread))
+        longest = max(map(len, step.tokens))
         new = next((width for width in _WIDTHS if width >= longest), longest)
-        state.reserve(max(starts) + 2 * new)
-        # Rows that take no part write to the last positions, which no sentence reaches.
-        spare = state.length - new
-        tokens = [[0] * new for _ in range(state.batch)]
-        positions = [list(range(spare, spare + new)) for _ in range(state.batch)]
-        for row, start, padded in zip(rows, starts, pad(unread, new), strict=True):
-            tokens[row], positions[row] = padded, list(range(start, start + new))
-        device = state.source.keys.device
-        if new not in state.inputs:
-            state.inputs[new] = torch.zeros(2, state.batch, new, dtype=torch.long, device=device)
-        state.inputs[new].copy_(torch.tensor([tokens, positions]))
-        key = (new, layers, keep, select != "none")
+        state.reserve(max(step.starts) + 2 * new)
+        self._fill_inputs(state, step, new)
+        key = (new, step.layers, step.keep, step.predict != "none")
         if key not in state.passes:
             run = partial(self._run, state, *key)
             useful = new in _WIDTHS and state.batch * new <= _ROWS
@@ -135,49 +119,71 @@ class GraphedDecoder:
         result = state.passes[key]()
         if result is None:
             return None
-        places = [
+        selected = [
             row * new + position
-            for row, some in zip(rows, unread, strict=True)
-            for position in range(len(some) - 1 if select == "last" else 0, len(some))
+            for row, tokens in zip(step.rows, step.tokens, strict=True)
+            for position in range(len(tokens) - 1 if step.predict == "last" else 0, len(tokens))
         ]
-        if len(places) == state.batch * new and places == sorted(places):
+        if len(selected) == state.batch * new and selected == sorted(selected):
             return result
-        index = torch.tensor(places, device=device)
+        index = torch.tensor(selected, device=state.source.keys.device)
         return result[0][index], result[1][index]
 
-    def _run(
-        self, state: GraphedState, new: int, layers: tuple[int, int], keep: bool, predict: bool
-    ) -> tuple[Tensor, Tensor] | None:
+    def _fill_inputs(self, state: GraphedState, step: Pass, new: int) -> None:
+        """Copies the tokens and positions of a pass to where its graph reads them."""
+        # Rows that take no part write to the last positions, which no sentence reaches.
+        spare = state.length - new
+        tokens = [[0] * new for _ in range(state.batch)]
+        positions = [list(range(spare, spare + new)) for _ in range(state.batch)]
+        for row, start, padded in zip(step.rows, step.starts, pad(step.tokens, new), strict=True):
+            tokens[row], positions[row] = padded, list(range(start, start + new))
+        if new not in state.inputs:
+            device = state.source.keys.device
+            state.inputs[new] = torch.zeros(2, state.batch, new, dtype=torch.long, device=device)
+        state.inputs[new].copy_(torch.tensor([tokens, positions]))
+
+    def _run(self, state: GraphedState, new: int, layers: tuple[int, int], keep: bool, predict: bool) -> Logits | None:
         tokens, positions = state.inputs[new]
         span = state.state.fixed_span(positions)
         x = self._decoder.run(state.state, span, None if layers[0] else tokens, layers, keep)
         return self._decoder.predict(x, layers[1]) if predict else None
 
-    def _captured(self, run: Pass, length: int) -> Pass:
-        """A pass over positions up to ``length`` as a graph, or as it is where that cannot be."""
+    def _captured(self, run: Run, length: int) -> Run:
+        """A pass over positions up to ``length`` as a graph, or as it is where a graph cannot be or is wrong."""
         try:
             # What a first run allocates or tunes has no place in a graph. Runs over the same input can be repeated.
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):
-                    run()
+                    expected = run()
             torch.cuda.current_stream().wait_stream(stream)
             self._tables.append(self._decoder.positions(length))
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 result = run()
+            graph.replay()
+            if not same_logits(result, expected):
+                raise RuntimeError("the first replay gave other logits than the same pass without a graph")
         except RuntimeError as error:
             logger.warning("no CUDA graphs, decoding operator by operator, which is slower: %s", error)
             self._capture = False
             return run
         self._pool = graph.pool()
 
-        def replay() -> tuple[Tensor, Tensor] | None:
+        def replay() -> Logits | None:
             graph.replay()
             return result
 
         return replay
+
+
+def same_logits(one: Logits | None, other: Logits | None) -> bool:
+    """Whether two runs of one pass predict the same, up to rounding; those that predict nothing do."""
+    if one is None or other is None:
+        return one is other
+    tolerance = 1e-4 * float(other[0].abs().amax().nan_to_num())
+    return torch.allclose(one[0], other[0], rtol=0, atol=tolerance, equal_nan=True)
 
 
 def _round_up(number: int, step: int) -> int:

@@ -1,0 +1,102 @@
+"""What every engine offers: forward passes over several new tokens at once, on top of what has been read before."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..decoding.constraints import Constraints
+
+if TYPE_CHECKING:
+    from .readers import EngineReader
+
+# float32 logits (predictions, vocab) and their logsumexp (predictions,), which makes them log-probabilities.
+Logits = tuple[Tensor, Tensor]
+
+
+@dataclass(slots=True)
+class Pass:
+    """One forward pass of a decoder over new tokens of some sentences, through some of the layers."""
+
+    rows: Sequence[int]  # which sentences of the batch
+    starts: Sequence[int]  # for each of them, the position of its first new token
+    tokens: Sequence[Sequence[int]]  # for each of them, its new tokens, one or more
+    # The first layer to run and the first one not to run. The second one is the decoder's depth or an exit layer.
+    # With a first one above 0 the pass goes on from the hidden states that an earlier pass kept.
+    layers: tuple[int, int]
+    predict: Literal["all", "last", "none"]  # after which tokens the next one is predicted: each, each row's last, none
+    keep: bool = False  # keep the hidden states for a pass that goes on from here
+
+
+class State(ABC):
+    """What an engine remembers of one batch: keys and values of the sources and of the tokens read so far.
+
+    It belongs to one call of ``generate``. Going back to an earlier position costs nothing: later positions are simply
+    written again.
+    """
+
+    batch: int  # sentences
+
+
+class Engine(ABC):
+    """One model, laid out for decoding.
+
+    Attributes:
+        depth: number of decoder layers.
+        seconds: time spent in encoders and forward passes so far. What a generation takes beyond it is the cost of the
+            decoding loop.
+        synchronizes: wait for the device after every pass, so that ``seconds`` is right on a GPU as well.
+    """
+
+    depth: int
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.synchronizes = False
+
+    @abstractmethod
+    def start(self, net_input: dict[str, Any]) -> State:
+        """Encodes a batch and projects it for every layer's encoder-decoder attention.
+
+        Args:
+            net_input: as fairseq collates it: ``src_tokens`` (batch, source) and ``src_lengths`` (batch,).
+        """
+
+    @abstractmethod
+    def run(self, state: State, step: Pass) -> Logits | None:
+        """Runs one forward pass.
+
+        Args:
+            state: the new tokens' keys and values are added to it.
+            step: what to read.
+
+        Returns:
+            for each selected token, in order, the next one's logits and normalizer; None if none was selected. The
+            caller may change them; the next pass may overwrite them.
+        """
+
+    @abstractmethod
+    def reader(
+        self,
+        state: State,
+        layers: tuple[int, int],
+        constraints: Constraints,
+        below: EngineReader | None = None,
+        keep: bool = False,
+    ) -> EngineReader:
+        """A reader over some of the layers; see :class:`~bild_fairseq.engines.readers.EngineReader`."""
+
+    def timed(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls a function and adds its time to :attr:`seconds`."""
+        begin = time.perf_counter()
+        result = function(*args)
+        if self.synchronizes:
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - begin
+        return result

@@ -1,0 +1,68 @@
+"""Encoder-decoder attention over sources that stay the same for a whole generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from fairseq.modules import MultiheadAttention
+from torch import Tensor
+
+from .linear import projection
+
+
+class Source:
+    """Keys and values of one batch of sources, for every decoder layer."""
+
+    def __init__(self, keys: Tensor, values: Tensor, mask: Tensor | None):
+        self.keys = keys  # (layers, batch, heads, source, head_dim)
+        self.values = values
+        self.mask = mask  # (batch, 1, 1, source), added to the scores; None if no source is padded
+
+
+class SourceAttention:
+    """The encoder-decoder attention of every decoder layer.
+
+    Args:
+        attentions: one per layer, all with the same shapes.
+    """
+
+    def __init__(self, attentions: Sequence[MultiheadAttention]):
+        first = attentions[0]
+        self._layers, self._heads, self._head_dim = len(attentions), first.num_heads, first.head_dim
+        self._key_value = projection(*(part for a in attentions for part in (a.k_proj, a.v_proj)))
+        self._query = [projection(a.q_proj) for a in attentions]
+        self._out = [projection(a.out_proj) for a in attentions]
+
+    def start(self, encoder_out: Tensor, mask: Tensor | None) -> Source:
+        """Projects a batch of sources, once.
+
+        Args:
+            encoder_out: (source, batch, encoder dim).
+            mask: (batch, 1, 1, source), added to the scores; None if no source is padded.
+        """
+        source, batch, _ = encoder_out.shape
+        kv = self._key_value(encoder_out.reshape(source * batch, -1))
+        kv = kv.view(source, batch, self._layers, 2, self._heads, self._head_dim)
+        keys, values = kv.permute(3, 2, 1, 4, 0, 5)  # each (layers, batch, heads, source, head_dim)
+        return Source(keys.contiguous(), values.contiguous(), mask)
+
+    def __call__(self, source: Source, layer: int, x: Tensor, new: int, rows: Tensor | None) -> Tensor:
+        """Attends to the sources.
+
+        Args:
+            source: keys and values.
+            layer: which decoder layer's attention.
+            x: (batch * new, dim) queries before their projection.
+            new: positions per row.
+            rows: (batch,) rows of the batch of sources; None for all of them in order.
+
+        Returns:
+            (batch * new, dim), after the output projection.
+        """
+        keys, values, mask = source.keys[layer], source.values[layer], source.mask
+        if rows is not None:
+            keys, values, mask = keys[rows], values[rows], None if mask is None else mask[rows]
+        query = self._query[layer](x).view(-1, new, self._heads, self._head_dim)
+        y = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=mask)
+        return self._out[layer](y.transpose(1, 2).reshape(x.size(0), -1))

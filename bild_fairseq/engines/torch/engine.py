@@ -1,0 +1,56 @@
+"""The engine of PyTorch's operators: for GPUs, for machines without a C compiler, and for rare options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ...decoding.constraints import Constraints
+from ..base import Engine, Logits, Pass, State
+from ..precision import rounded_copy
+from ..readers import EngineReader
+from .decoder import CachedDecoder
+from .graphs import GraphedDecoder
+
+
+class TorchEngine(Engine):
+    """A fairseq encoder-decoder model: its own encoder, and its decoder over a key/value cache.
+
+    Args:
+        model: in eval mode, on the device to decode on.
+        precision: of the weights of matrix products, see :mod:`bild_fairseq.engines.precision`.
+
+    Raises:
+        UnsupportedModel: the decoder has an option that is not implemented here.
+    """
+
+    def __init__(self, model: nn.Module, precision: str = "float32"):
+        super().__init__()
+        model = rounded_copy(model, precision)
+        self._encoder = model.encoder
+        self._decoder: CachedDecoder | GraphedDecoder = CachedDecoder(model.decoder)
+        if self._decoder.device.type == "cuda" and self._decoder.attends_to_source:
+            self._decoder = GraphedDecoder(self._decoder)
+        self.depth = self._decoder.depth
+
+    def start(self, net_input: dict[str, Any]) -> State:
+        return self.timed(self._start, net_input)
+
+    def _start(self, net_input: dict[str, Any]) -> State:
+        out = self._encoder.forward_torchscript(net_input)
+        masks = out["encoder_padding_mask"]
+        return self._decoder.start(out["encoder_out"][0], masks[0] if masks else None, len(net_input["src_tokens"]))
+
+    def run(self, state: State, step: Pass) -> Logits | None:
+        return self.timed(self._decoder.read, state, step)
+
+    def reader(
+        self,
+        state: State,
+        layers: tuple[int, int],
+        constraints: Constraints,
+        below: EngineReader | None = None,
+        keep: bool = False,
+    ) -> EngineReader:
+        return EngineReader(self, state, layers, constraints, below, keep)
