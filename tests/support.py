@@ -18,8 +18,8 @@ from reference import LARGE, SMALL, Result, Rules
 from torch import Tensor, nn
 
 from bild_fairseq.decoding.policies import Policy
-from bild_fairseq.engines.native.decoder import NativeDecoder
-from bild_fairseq.engines.torch.decoder import CachedDecoder
+from bild_fairseq.engines.base import Pass
+from bild_fairseq.engines.choose import engine_for, remember
 from bild_fairseq.plugin.generator import BildGenerator, SearchOptions
 
 WORDS = 20
@@ -242,24 +242,37 @@ def any_rules(**strategies: Any) -> st.SearchStrategy[Rules]:
     return st.builds(Rules, **strategies).filter(lambda rules: rules.min_len <= rules.max_len)
 
 
-def count_positions(decoder: CachedDecoder | NativeDecoder) -> list[int]:
-    """From now on, how many tokens each layer of a decoder reads; grows in place."""
-    counts = [0] * decoder.depth
+def count_positions(made: nn.Module) -> list[int]:
+    """From now on, how many tokens each decoder layer of a model reads; grows in place."""
+    engine = type(engine_for(made, "float32", "large"))(made)  # a new one, which nothing else counts
+    remember(made, "float32", engine)
+    counts = [0] * engine.depth
+    make, run = engine.reader, engine.run
 
-    def counting(method: Callable[..., Any], drafts: bool) -> Callable[..., Any]:
-        def counted(state: Any, unread: Sequence, rows: Any, starts: Any, layers: tuple[int, int], *more: Any) -> Any:
-            result = method(state, unread, rows, starts, layers, *more)
-            count = sum(map(len, unread))
-            if drafts:  # all predictions but the last have been read
-                count += sum(len(predictions) - 1 for predictions in result)
-            for layer in range(*layers):
-                counts[layer] += count
-            return result
+    def count(layers: tuple[int, int], tokens: int) -> None:
+        for layer in range(*layers):
+            counts[layer] += tokens
 
-        return counted
+    def counted_run(state: Any, step: Pass) -> Any:
+        count(step.layers, sum(map(len, step.tokens)))
+        return run(state, step)
 
-    decoder.read = counting(decoder.read, False)
-    if isinstance(decoder, NativeDecoder):
-        decoder.draft = counting(decoder.draft, True)
-        decoder.judge = counting(decoder.judge, False)
+    def counted_reader(state: Any, layers: tuple[int, int], *args: Any, **kwargs: Any) -> Any:
+        """Counts what the reader reads by itself, beyond the passes that it asks the engine for."""
+        reader = make(state, layers, *args, **kwargs)
+
+        def counting(method: Callable[..., Any]) -> Callable[..., Any]:
+            def counted(tokens: Sequence, rows: Sequence[int], *more: Any) -> Any:
+                before, known = counts[layers[0]], [reader.consumed[row] for row in rows]
+                result = method(tokens, rows, *more)
+                read = sum(reader.consumed[row] - start for row, start in zip(rows, known, strict=True))
+                count(layers, read - (counts[layers[0]] - before))
+                return result
+
+            return counted
+
+        reader.draft, reader.verify = counting(reader.draft), counting(reader.verify)
+        return reader
+
+    engine.reader, engine.run = counted_reader, counted_run
     return counts

@@ -1,10 +1,14 @@
-"""Which engine runs a model, and why."""
+"""Which engine runs a model, and why. A model's engines are made once and remembered with it."""
 
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Hashable
+from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import BildError
 from .base import Engine
@@ -14,9 +18,13 @@ from .torch.engine import TorchEngine
 
 logger = logging.getLogger(__name__)
 
+# By model and precision: what the weights were when the engine was made, and the engine.
+_remembered: WeakKeyDictionary[nn.Module, dict[str, tuple[Hashable, Engine]]] = WeakKeyDictionary()
+_lock = threading.Lock()
+
 
 def engine_for(model: nn.Module, precision: str, role: str) -> Engine:
-    """The fastest engine that runs a model exactly.
+    """The fastest engine that runs a model exactly; a new one only if there is none for the model's present weights.
 
     Args:
         model: a fairseq encoder-decoder model; it is put into eval mode.
@@ -27,6 +35,42 @@ def engine_for(model: nn.Module, precision: str, role: str) -> Engine:
         BildError: no engine can run it; one line with the reason.
     """
     model.eval()
+    with _lock:
+        weights, engine = _remembered.get(model, {}).get(precision, (None, None))
+        if engine is None or weights != fingerprint(model):
+            engine = _make(model, precision, role)
+            remember(model, precision, engine)
+        return engine
+
+
+def remember(model: nn.Module, precision: str, engine: Engine) -> None:
+    """Has :func:`engine_for` return an engine as long as the model's weights stay what they are."""
+    _remembered.setdefault(model, {})[precision] = fingerprint(model), engine
+
+
+def fingerprint(model: nn.Module) -> Hashable:
+    """What changes with any weight of a model, with its device, its precision and its modules' classes.
+
+    Optimizers write to weights in ways that torch's own counts of changes miss, so the numbers themselves are summed.
+    """
+    weights = model.state_dict().items()
+    return (
+        *(type(module) for module in model.modules()),
+        *((name, str(value.device), value.dtype, _sum_of_bits(value)) for name, value in weights),
+    )
+
+
+def _sum_of_bits(value: Tensor) -> int:
+    flat = value.detach().reshape(-1)
+    if flat.storage_offset():
+        flat = flat.clone()
+    if flat.numel() * flat.element_size() % 8 == 0:
+        return int(flat.view(torch.int64).sum())  # several times as fast as narrower sums
+    narrower = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+    return int(flat.view(narrower[flat.element_size()]).sum(dtype=torch.int64))
+
+
+def _make(model: nn.Module, precision: str, role: str) -> Engine:
     if not hasattr(model, "encoder"):
         raise BildError(f"the {role} model has no encoder, so it is not an encoder-decoder Transformer")
     reason = unsupported_decoder(model.decoder)

@@ -23,13 +23,10 @@ from .base import Engine, Logits, Pass, State
 class LogitsReader(ABC, Reader):
     """Drafts and verifies with the logits of a model, under the constraints of the batch."""
 
+    consumed: list[int]  # per row: tokens read so far, the start symbol included
+
     def __init__(self, constraints: Constraints):
         self.constraints = constraints
-
-    @property
-    @abstractmethod
-    def consumed(self) -> Sequence[int]:
-        """Per row: tokens read so far, the start symbol included."""
 
     @abstractmethod
     def logits(self, tokens: Tokens, rows: Sequence[int], last_only: bool) -> Logits:
@@ -112,12 +109,8 @@ class EngineReader(LogitsReader):
     ):
         super().__init__(constraints)
         self.engine, self.state, self.layers = engine, state, layers
-        self._consumed = [0] * state.batch
+        self.consumed = [0] * state.batch
         self._below, self._keep = below, keep
-
-    @property
-    def consumed(self) -> Sequence[int]:
-        return self._consumed
 
     def logits(self, tokens: Tokens, rows: Sequence[int], last_only: bool) -> Logits:
         return self.engine.run(self.state, self.next_pass(tokens, rows, "last" if last_only else "all"))
@@ -126,20 +119,20 @@ class EngineReader(LogitsReader):
         """The pass over all that has not been read of some rows, which then counts as read."""
         if self._below is not None:
             self._below.catch_up(tokens, rows)
-        starts = [self._consumed[row] for row in rows]
+        starts = [self.consumed[row] for row in rows]
         unread = [tokens[row][start:] for row, start in zip(rows, starts, strict=True)]
         for row in rows:
-            self._consumed[row] = len(tokens[row])
+            self.consumed[row] = len(tokens[row])
         return Pass(rows, starts, unread, self.layers, predict, self._keep)
 
     def catch_up(self, tokens: Tokens, rows: Sequence[int]) -> None:
         """Reads what is unread of some rows without predicting anything."""
-        behind = [row for row in rows if self._consumed[row] < len(tokens[row])]
+        behind = [row for row in rows if self.consumed[row] < len(tokens[row])]
         if behind:
             self.engine.run(self.state, self.next_pass(tokens, behind, "none"))
 
     def rollback(self, row: int, length: int) -> None:
-        self._consumed[row] = min(self._consumed[row], length)
+        self.consumed[row] = min(self.consumed[row], length)
 
 
 class EnsembleReader(LogitsReader):
@@ -155,7 +148,7 @@ class EnsembleReader(LogitsReader):
         self._temperature = temperature
 
     @property
-    def consumed(self) -> Sequence[int]:
+    def consumed(self) -> list[int]:
         return self._readers[0].consumed
 
     def logits(self, tokens: Tokens, rows: Sequence[int], last_only: bool) -> Logits:

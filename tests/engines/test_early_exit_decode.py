@@ -184,8 +184,8 @@ def test_no_layer_runs_twice_over_a_token(full, exit_layer, rules, sources):
 
     The token written last is not read; an end symbol that the large model accepts may be, to no harm.
     """
+    positions = count_positions(full)
     made = generator([full], [], rules, exit_layer=exit_layer)
-    positions = count_positions(made._large[0].decoder)
     (hypothesis,) = hypotheses(made, sample(sources[:1]))
     c = hypothesis["counters"]
     written = 1 + c.tokens + c.discarded  # the start symbol included
@@ -198,8 +198,9 @@ def test_no_layer_runs_twice_over_a_token(full, exit_layer, rules, sources):
 
 
 def test_an_exit_alone_runs_no_deeper_layer():
-    made = generator([early_exit("pre-norm", 1)], [], Rules(), exit_layer=1, alone=True)
-    positions = count_positions(made._large[0].decoder)
+    full = early_exit("pre-norm", 1)
+    positions = count_positions(full)
+    made = generator([full], [], Rules(), exit_layer=1, alone=True)
     (hypothesis,) = hypotheses(made, sample([source([1, 2])]))
     assert positions == [len(hypothesis["tokens"]), 0, 0]
 

@@ -84,7 +84,7 @@ class NativeReader(EngineReader):
         ]
         texts = list(tokens)
         for row, made in zip(rows, drafts, strict=True):
-            self._consumed[row] = len(tokens[row]) + len(made) - 1
+            self.consumed[row] = len(tokens[row]) + len(made) - 1
             texts[row] = [*tokens[row], *(one.token for one in made)]
         if unended:
             more = super().draft(texts, [rows[index] for index in unended], 1, threshold)

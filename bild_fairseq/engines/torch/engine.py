@@ -20,19 +20,21 @@ class TorchEngine(Engine):
     Args:
         model: in eval mode, on the device to decode on.
         precision: of the weights of matrix products, see :mod:`bild_fairseq.engines.precision`.
+        graphs: run passes of fixed shapes, which become CUDA graphs on a GPU; None: on a GPU only.
 
     Raises:
         UnsupportedModel: the decoder has an option that is not implemented here.
     """
 
-    def __init__(self, model: nn.Module, precision: str = "float32"):
+    def __init__(self, model: nn.Module, precision: str = "float32", graphs: bool | None = None):
         super().__init__()
         model = rounded_copy(model, precision)
         self._encoder = model.encoder
-        self._decoder: CachedDecoder | GraphedDecoder = CachedDecoder(model.decoder)
-        if self._decoder.device.type == "cuda" and self._decoder.attends_to_source:
-            self._decoder = GraphedDecoder(self._decoder)
-        self.depth = self._decoder.depth
+        self.decoder: CachedDecoder | GraphedDecoder = CachedDecoder(model.decoder)
+        on_gpu = self.decoder.device.type == "cuda"
+        if self.decoder.attends_to_source and (on_gpu if graphs is None else graphs):
+            self.decoder = GraphedDecoder(self.decoder, capture=on_gpu)
+        self.depth = self.decoder.depth
 
     def start(self, net_input: dict[str, Any]) -> State:
         return self.timed(self._start, net_input)
@@ -40,10 +42,10 @@ class TorchEngine(Engine):
     def _start(self, net_input: dict[str, Any]) -> State:
         out = self._encoder.forward_torchscript(net_input)
         masks = out["encoder_padding_mask"]
-        return self._decoder.start(out["encoder_out"][0], masks[0] if masks else None, len(net_input["src_tokens"]))
+        return self.decoder.start(out["encoder_out"][0], masks[0] if masks else None, len(net_input["src_tokens"]))
 
     def run(self, state: State, step: Pass) -> Logits | None:
-        return self.timed(self._decoder.read, state, step)
+        return self.timed(self.decoder.read, state, step)
 
     def reader(
         self,

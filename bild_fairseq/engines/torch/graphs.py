@@ -73,16 +73,16 @@ class GraphedDecoder:
     """
 
     def __init__(self, decoder: CachedDecoder, capture: bool = True):
-        self._decoder = decoder
-        self._capture = capture
-        self._states: dict[tuple[int, int], GraphedState] = {}
+        self.decoder = decoder
+        self.capture = capture
+        self.states: dict[tuple[int, int], GraphedState] = {}
         self._pool: Any = None
         self._tables: list[Tensor] = []  # of positions: graphs read them where they are
 
     @property
     def depth(self) -> int:
         """Number of layers."""
-        return self._decoder.depth
+        return self.decoder.depth
 
     def start(self, encoder_out: Tensor, padding_mask: Tensor | None, batch: int) -> GraphedState:
         """See :meth:`CachedDecoder.start`."""
@@ -92,12 +92,12 @@ class GraphedDecoder:
             padding_mask = torch.zeros(batch, source, dtype=torch.bool, device=encoder_out.device)
         padding_mask = F.pad(padding_mask, (0, width - source), value=True)
         encoder_out = F.pad(encoder_out, (0, 0, 0, 0, 0, width - source))
-        projected = self._decoder.project_source(encoder_out, padding_mask)
-        kept = self._states.get((batch, width))
+        projected = self.decoder.project_source(encoder_out, padding_mask)
+        kept = self.states.get((batch, width))
         if kept is None:
-            state = self._decoder.new_state(batch, _round_up(32 + 2 * width, _LENGTH_STEP))
+            state = self.decoder.new_state(batch, _round_up(32 + 2 * width, _LENGTH_STEP))
             state.source = projected
-            self._states[batch, width] = kept = GraphedState(state, projected)
+            self.states[batch, width] = kept = GraphedState(state, projected)
         else:
             kept.state.clear()
             for old, new in ((kept.source.keys, projected.keys), (kept.source.values, projected.values)):
@@ -115,7 +115,7 @@ class GraphedDecoder:
         if key not in state.passes:
             run = partial(self._run, state, *key)
             useful = new in _WIDTHS and state.batch * new <= _ROWS
-            state.passes[key] = self._captured(run, state.length) if self._capture and useful else run
+            state.passes[key] = self._captured(run, state.length) if self.capture and useful else run
         result = state.passes[key]()
         if result is None:
             return None
@@ -145,8 +145,8 @@ class GraphedDecoder:
     def _run(self, state: GraphedState, new: int, layers: tuple[int, int], keep: bool, predict: bool) -> Logits | None:
         tokens, positions = state.inputs[new]
         span = state.state.fixed_span(positions)
-        x = self._decoder.run(state.state, span, None if layers[0] else tokens, layers, keep)
-        return self._decoder.predict(x, layers[1]) if predict else None
+        x = self.decoder.run(state.state, span, None if layers[0] else tokens, layers, keep)
+        return self.decoder.predict(x, layers[1]) if predict else None
 
     def _captured(self, run: Run, length: int) -> Run:
         """A pass over positions up to ``length`` as a graph, or as it is where a graph cannot be or is wrong."""
@@ -158,7 +158,7 @@ class GraphedDecoder:
                 for _ in range(2):
                     expected = run()
             torch.cuda.current_stream().wait_stream(stream)
-            self._tables.append(self._decoder.positions(length))
+            self._tables.append(self.decoder.positions(length))
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 result = run()
@@ -167,7 +167,7 @@ class GraphedDecoder:
                 raise RuntimeError("the first replay gave other logits than the same pass without a graph")
         except RuntimeError as error:
             logger.warning("no CUDA graphs, decoding operator by operator, which is slower: %s", error)
-            self._capture = False
+            self.capture = False
             return run
         self._pool = graph.pool()
 

@@ -1,11 +1,10 @@
-"""The cached decoders (PyTorch, fixed shapes, native) against the full forward pass of the stock decoder."""
+"""Every engine (PyTorch, fixed shapes, C) against the full forward pass of the stock model."""
 
 import random
 from collections.abc import Sequence
 
 import pytest
 import torch
-import torch.nn.functional as F
 from fairseq.models.lstm import LSTMDecoder
 from fairseq.models.transformer import Embedding, TransformerDecoder, TransformerDecoderBase
 from fairseq.modules import MultiheadAttention
@@ -16,13 +15,13 @@ from reference import Rules
 from support import PRE_NORM, SIZE, assert_close, generator, model, sample, source, symbols
 from torch import Tensor, nn
 
-from bild_fairseq.engines.native import NativeDecoder, missing_option
+from bild_fairseq.engines.base import Engine, Pass, State
+from bild_fairseq.engines.native import NativeEngine, missing_option
 from bild_fairseq.engines.native.build import library
-from bild_fairseq.engines.native.decoder import NativeDecoderState
 from bild_fairseq.engines.precision import PRECISIONS, rounded_copy
-from bild_fairseq.engines.torch import linear
-from bild_fairseq.engines.torch.decoder import CachedDecoder, DecoderState, UnsupportedDecoder
-from bild_fairseq.engines.torch.graphs import GraphedDecoder, GraphedState
+from bild_fairseq.engines.supported import UnsupportedModel
+from bild_fairseq.engines.torch.engine import TorchEngine
+from bild_fairseq.engines.torch.linear import norm, projection
 from bild_fairseq.errors import BildError
 
 NORMFORMER = {"scale_attn": True, "scale_fc": True, "scale_heads": True, "scale_resids": True}
@@ -65,9 +64,9 @@ ARCHITECTURES = {
 }
 
 
-def graphed(decoder: nn.Module) -> GraphedDecoder:
+def graphed(made: nn.Module) -> TorchEngine:
     """The passes that become CUDA graphs, operator by operator."""
-    return GraphedDecoder(CachedDecoder(decoder), capture=False)
+    return TorchEngine(made, graphs=True)
 
 
 # What the kernels leave to PyTorch's operators.
@@ -76,12 +75,10 @@ NOT_NATIVE = {
     *("gelu_accurate", "tanh", "linear", "no cross-attention"),
     *("scale_attn", "scale_fc", "scale_heads", "scale_resids", "NormFormer, pre-norm", "NormFormer, post-norm"),
 }
-KINDS = {"torch": CachedDecoder, "graphed": graphed} | ({"native": NativeDecoder} if library() else {})
+KINDS = {"torch": TorchEngine, "graphed": graphed} | ({"native": NativeEngine} if library() else {})
 LACKS = {"torch": set(), "graphed": {"no cross-attention"}, "native": NOT_NATIVE}
 CASES = [(kind, name) for kind in KINDS for name in ARCHITECTURES if name not in LACKS[kind]]
 needs_kernels = pytest.mark.skipif(library() is None, reason="no C compiler here")
-Decoder = CachedDecoder | GraphedDecoder | NativeDecoder
-State = DecoderState | GraphedState | NativeDecoderState
 # Few source positions, or many: the decoder attends to them in two different ways.
 SOURCES = {"short": (3, 1, 2), "long": (9, 2, 6)}
 
@@ -103,17 +100,13 @@ def build(options: dict) -> nn.Module:
     return made.eval()
 
 
-def encode(made: nn.Module, lengths: Sequence[int]) -> dict:
-    return made.encoder(**sample([source(range(length - 1)) for length in lengths])["net_input"])
+def net_input(lengths: Sequence[int]) -> dict:
+    return sample([source(range(length - 1)) for length in lengths])["net_input"]
 
 
-def start(cached: Decoder, encoded: dict, batch: int) -> State:
-    masks = encoded["encoder_padding_mask"]
-    return cached.start(encoded["encoder_out"][0], masks[0] if masks else None, batch)
-
-
-def full(made: nn.Module, encoded: dict, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Logits after every token, by one full forward pass of the stock decoder."""
+def full(made: nn.Module, lengths: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits after every token, by one full forward pass of the stock model."""
+    encoded = made.encoder(**net_input(lengths))
     previous = torch.full((len(tokens), max(map(len, tokens))), symbols().pad())
     for row, one in enumerate(tokens):
         previous[row, : len(one)] = torch.tensor(one)
@@ -121,9 +114,9 @@ def full(made: nn.Module, encoded: dict, tokens: Sequence[Sequence[int]]) -> lis
     return [row[: len(one)] for row, one in zip(logits, tokens, strict=True)]
 
 
-def read(cached: Decoder, state: State, rows: list[int], starts: list[int], chunks: list[list[int]]) -> list[Tensor]:
+def read(engine: Engine, state: State, rows: list[int], starts: list[int], chunks: list[list[int]]) -> list[Tensor]:
     """Logits after each token of the chunks, which may differ in length, read from each row's own offset."""
-    logits, normalizers = cached.read(state, chunks, rows, starts, (0, cached.depth), "all")
+    logits, normalizers = engine.run(state, Pass(rows, starts, chunks, (0, engine.depth), "all"))
     assert_close(normalizers, logits.logsumexp(dim=1))
     return list(logits.clone().split([len(chunk) for chunk in chunks]))
 
@@ -134,7 +127,7 @@ def sentences(lengths: Sequence[int], rng: random.Random) -> list[list[int]]:
     return [[symbols().eos()] + rng.choices(kinds, k=length - 1) for length in lengths]
 
 
-def read_at_random(cached: Decoder, state: State, wanted: list[list[int]], rng: random.Random) -> list[Tensor]:
+def read_at_random(engine: Engine, state: State, wanted: list[list[int]], rng: random.Random) -> list[Tensor]:
     """Reads sentences in chunks of random size, any subset of rows at a time, with drafts that go wrong.
 
     A wrong draft is read into the cache and then rolled back: the row is read on from before it.
@@ -148,7 +141,7 @@ def read_at_random(cached: Decoder, state: State, wanted: list[list[int]], rng: 
             chunk = wanted[row][consumed[row] :][: rng.randint(1, 7)]
             right.append(len(chunk) if rng.random() < 0.6 else rng.randrange(len(chunk)))
             chunks.append(chunk[: right[-1]] + [symbols().unk()] * (len(chunk) - right[-1]))
-        logits = read(cached, state, rows, [consumed[row] for row in rows], chunks)
+        logits = read(engine, state, rows, [consumed[row] for row in rows], chunks)
         for row, some, count in zip(rows, logits, right, strict=True):
             found[row][consumed[row] : consumed[row] + count] = some[:count]
             consumed[row] += count
@@ -162,14 +155,13 @@ def test_equals_the_stock_decoder(kind, architecture, lengths):
     """In ragged batches, over subsets of rows, after rollbacks and beyond the reserved cache."""
     rng = random.Random(7)
     made = build(ARCHITECTURES[architecture])
-    encoded = encode(made, lengths)
-    cached = KINDS[kind](made.decoder)
+    engine = KINDS[kind](made)
     tokens = sentences((13, 95, 41), rng)
-    state = start(cached, encoded, len(tokens))
+    state = engine.start(net_input(lengths))
     reserved = state.length
-    found = read_at_random(cached, state, tokens, rng)
+    found = read_at_random(engine, state, tokens, rng)
     assert state.length > reserved
-    for got, wanted in zip(found, full(made, encoded, tokens), strict=True):
+    for got, wanted in zip(found, full(made, lengths, tokens), strict=True):
         assert_close(got, wanted)
 
 
@@ -180,16 +172,15 @@ def test_equals_the_stock_decoder_in_step(kind, architecture, lengths):
     """All rows at the same offset, which has a way of its own, with rollbacks of all of them together."""
     rng = random.Random(8)
     made = build(ARCHITECTURES[architecture])
-    encoded = encode(made, lengths)
-    cached = KINDS[kind](made.decoder)
+    engine = KINDS[kind](made)
     tokens = sentences((20, 20, 20), rng)
-    state = start(cached, encoded, len(tokens))
-    wanted = full(made, encoded, tokens)
+    state = engine.start(net_input(lengths))
+    wanted = full(made, lengths, tokens)
     position = 0
     while position < 20:
         new = min(rng.randint(1, 5), 20 - position)
         chunks = [one[position : position + new] for one in tokens]
-        for got, row in zip(read(cached, state, [0, 1, 2], [position] * 3, chunks), wanted, strict=True):
+        for got, row in zip(read(engine, state, [0, 1, 2], [position] * 3, chunks), wanted, strict=True):
             assert_close(got, row[position : position + new])
         position += rng.randint(1, new)
 
@@ -205,11 +196,10 @@ def test_equals_the_stock_decoder_for_any_batch(lengths, case, rng):
     """Any number of rows, sources and sentences of any length."""
     kind, architecture = case
     made = build(ARCHITECTURES[architecture])
-    encoded = encode(made, lengths)
-    cached = KINDS[kind](made.decoder)
+    engine = KINDS[kind](made)
     tokens = sentences([rng.randint(1, 25) for _ in lengths], rng)
-    found = read_at_random(cached, start(cached, encoded, len(tokens)), tokens, rng)
-    for got, wanted in zip(found, full(made, encoded, tokens), strict=True):
+    found = read_at_random(engine, engine.start(net_input(lengths)), tokens, rng)
+    for got, wanted in zip(found, full(made, lengths, tokens), strict=True):
         assert_close(got, wanted)
 
 
@@ -219,13 +209,12 @@ def test_equals_the_stock_decoder_for_any_batch(lengths, case, rng):
 def test_reads_up_to_the_last_position(options, kind):
     """The last position that the stock decoder has, and padding of a shorter row beyond it."""
     made = model(2, max_target_positions=12, **options)
-    encoded = encode(made, (3, 4))
-    cached = kind(made.decoder)
+    engine = kind(made)
     tokens = sentences((12, 9), random.Random(1))
-    state = start(cached, encoded, 2)
-    wanted = full(made, encoded, tokens)
-    read(cached, state, [0, 1], [0, 0], [tokens[0][:11], tokens[1][:2]])
-    first, second = read(cached, state, [0, 1], [11, 2], [tokens[0][11:], tokens[1][2:]])
+    state = engine.start(net_input((3, 4)))
+    wanted = full(made, (3, 4), tokens)
+    read(engine, state, [0, 1], [0, 0], [tokens[0][:11], tokens[1][:2]])
+    first, second = read(engine, state, [0, 1], [11, 2], [tokens[0][11:], tokens[1][2:]])
     assert_close(first, wanted[0][11:])
     assert_close(second, wanted[1][2:])
 
@@ -238,12 +227,10 @@ def test_reads_up_to_the_last_position(options, kind):
 def test_other_precisions(dtype, tolerance, lengths):
     """Computes in the decoder's own precision; the logits come in float32."""
     made = model(2, **PRE_NORM)
-    encoded = encode(made, lengths)
     tokens = sentences((8, 11, 5), random.Random(1))
-    wanted = full(made, encoded, tokens)
-    cached = CachedDecoder(made.to(dtype).decoder)
-    encoded["encoder_out"] = [encoded["encoder_out"][0].to(dtype)]
-    found = read_at_random(cached, start(cached, encoded, 3), tokens, random.Random(2))
+    wanted = full(made, lengths, tokens)
+    engine = TorchEngine(made.to(dtype))
+    found = read_at_random(engine, engine.start(net_input(lengths)), tokens, random.Random(2))
     for got, one in zip(found, wanted, strict=True):
         assert got.dtype is torch.float32
         assert (got - one).abs().max() < tolerance
@@ -263,12 +250,10 @@ def test_which_architectures_are_native(architecture):
 def test_rounded_weights(architecture, precision):
     """The kernels' rounded weights are those of a stock decoder with rounded matrices."""
     made = build(ARCHITECTURES[architecture])
-    encoded = encode(made, SOURCES["long"])
     tokens = sentences((8, 11, 5), random.Random(1))
-    cached = NativeDecoder(made.decoder, precision)
-    found = read_at_random(cached, start(cached, encoded, 3), tokens, random.Random(2))
-    made.decoder = rounded_copy(made.decoder, precision)
-    for got, one in zip(found, full(made, encoded, tokens), strict=True):
+    engine = NativeEngine(made, precision)
+    found = read_at_random(engine, engine.start(net_input(SOURCES["long"])), tokens, random.Random(2))
+    for got, one in zip(found, full(rounded_copy(made, precision), SOURCES["long"], tokens), strict=True):
         assert_close(got, one)
 
 
@@ -278,14 +263,13 @@ def test_rounded_weights(architecture, precision):
 def test_native_results_depend_on_nothing_else_in_the_call(lengths):
     """To the last bit: token by token, and many tokens of many sentences at once."""
     made = build(PRE_NORM)
-    encoded = encode(made, lengths)
-    cached = NativeDecoder(made.decoder)
+    engine = NativeEngine(made)
     tokens = sentences((21, 14, 17), random.Random(3))
-    state = start(cached, encoded, 3)
-    together = read(cached, state, [0, 1, 2], [0, 0, 0], tokens)
+    state = engine.start(net_input(lengths))
+    together = read(engine, state, [0, 1, 2], [0, 0, 0], tokens)
     for row, one in enumerate(tokens):
         for position, token in enumerate(one):
-            (alone,) = read(cached, state, [row], [position], [[token]])
+            (alone,) = read(engine, state, [row], [position], [[token]])
             assert torch.equal(alone[0], together[row][position])
 
 
@@ -351,8 +335,8 @@ def with_lstm() -> nn.Module:
 def test_what_it_cannot_run_is_refused_by_name(make, named):
     """By the decoder itself, and in one line that says which model by the generator."""
     made, fine = make(), model(1)
-    with pytest.raises(UnsupportedDecoder, match=named):
-        CachedDecoder(made.decoder)
+    with pytest.raises(UnsupportedModel, match=named):
+        TorchEngine(made)
     for large, small, role in ((made, fine, "large"), (fine, made, "small")):
         with pytest.raises(BildError, match=named) as caught:
             generator([large], [small], Rules())
@@ -360,45 +344,20 @@ def test_what_it_cannot_run_is_refused_by_name(make, named):
         assert "\n" not in str(caught.value)
 
 
-@pytest.fixture(params=["as it chooses", "without packing"])
-def packing(request, monkeypatch):
-    if request.param == "without packing":
-        monkeypatch.setattr(linear, "_can_pack", lambda dtype: False)
-
-
-@pytest.mark.usefixtures("packing")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (24, 16), (300, 257), (256, 257), (64, 1024)], ids=str)
-def test_make_linear_is_a_linear_layer(shape, dtype):
-    """Weights small and large, with and without bias, for one row and for many, contiguous or not."""
-    torch.manual_seed(4)
-    weight, bias = torch.randn(shape, dtype=dtype), torch.randn(shape[0], dtype=dtype)
-    tolerance = {torch.float32: 1e-4, torch.float64: 1e-10, torch.float16: 0.15, torch.bfloat16: 0.8}[dtype]
-    for some_bias in (bias, None):
-        product = linear.make_linear(weight, some_bias)
-        for rows in (1, 2, 3, 5, 8, 17):
-            x = torch.randn(rows, 2 * shape[1], dtype=dtype)
-            for given_x in (x[:, : shape[1]], x[:, : shape[1]].contiguous()):
-                got = product(given_x)
-                assert got.shape == (rows, shape[0]) and got.dtype is dtype
-                wanted = F.linear(given_x.double(), weight.double(), None if some_bias is None else some_bias.double())
-                torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance)
-
-
-def test_fused_linear_puts_projections_side_by_side():
+def test_projections_go_side_by_side():
     torch.manual_seed(4)
     parts = [nn.Linear(6, width) for width in (3, 5, 2)]
     x = torch.randn(4, 6)
     with torch.no_grad():
-        assert_close(linear.fused_linear(*parts)(x), torch.cat([part(x) for part in parts], dim=1))
+        assert_close(projection(*parts)(x), torch.cat([part(x) for part in parts], dim=1))
 
 
-def test_make_norm_is_the_layer_norm():
+def test_norm_is_the_layer_norm():
     torch.manual_seed(4)
-    norm = nn.LayerNorm(6, eps=1e-3)
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
+    module = nn.LayerNorm(6, eps=1e-3)
+    nn.init.normal_(module.weight)
+    nn.init.normal_(module.bias)
     x = torch.randn(4, 6)
     with torch.no_grad():
-        assert_close(linear.make_norm(norm)(x), norm(x))
-    assert linear.make_norm(None) is None
+        assert_close(norm(module)(x), module(x))
+    assert norm(None) is None
