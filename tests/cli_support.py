@@ -44,7 +44,6 @@ sys.stdin = open(0, encoding="utf-8")
 os.environ.update(job["environment"])
 sys.argv = job["arguments"]
 if job["program"] == "python":
-    sys.path.insert(0, job["root"])
     exec(job["arguments"].pop(0))
 else:
     importlib.import_module("fairseq_cli." + job["program"]).cli_main()
@@ -112,7 +111,7 @@ class Programs:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         )
 
     def __call__(
@@ -141,7 +140,6 @@ class Programs:
             "arguments": [f"fairseq-{program}"] * (program != "python") + [str(argument) for argument in arguments],
             "streams": [str(stream) for stream in streams],
             "environment": dict(environment or {}),
-            "root": str(Path(USER_DIR).parent),
         }
         self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
@@ -269,7 +267,8 @@ def _train(programs: Programs, data: Path, folder: Path, updates: int, *options:
     return [folder / "checkpoint_last.pt", halfway]
 
 
-def _make_corpus(folder: Path, programs: Programs) -> Corpus:
+def make_corpus(folder: Path, programs: Programs) -> Corpus:
+    """Writes the text, preprocesses it and trains the models, all below ``folder``."""
     _write_text(folder)
     data = folder / "data"
     splits = [f"--{split}pref={folder / split}" for split in ("train", "valid", "test")]
@@ -285,17 +284,3 @@ def _make_corpus(folder: Path, programs: Programs) -> Corpus:
     trained = _train(programs, data, folder / "large", 240, "--decoder-layers", 2, *kind, *limits)
     trained += _train(programs, data, folder / "small", 100, "--decoder-layers", 1, "--seed", 2)
     return Corpus(programs, data, *trained)
-
-
-_CORPUS = pytest.StashKey()
-
-
-@pytest.fixture(scope="session")
-def corpus(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """Made once a session, however many modules import the fixture."""
-    stash = request.config.stash
-    if _CORPUS not in stash:
-        programs = Programs(tmp_path_factory.mktemp("streams"))
-        request.config.add_cleanup(programs.close)
-        stash[_CORPUS] = _make_corpus(tmp_path_factory.mktemp("corpus"), programs)
-    return stash[_CORPUS]

@@ -1,17 +1,13 @@
-"""What all tests share: the package on the path, one thread, repeatable randomness."""
+"""What all tests share: the package loaded into fairseq, one thread, repeatable randomness, a task with models."""
 
 import random
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from cli_support import Corpus, Programs, make_corpus
 from hypothesis import HealthCheck, settings
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import bild_fairseq  # noqa: E402, F401
 
 torch.set_num_threads(1)
 
@@ -26,7 +22,21 @@ settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _seeded() -> None:
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+    """fairseq's programs, started from one warm interpreter."""
+    made = Programs(tmp_path_factory.mktemp("streams"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def corpus(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """A tiny translation task and models trained on it; tests change none of its files."""
+    return make_corpus(tmp_path_factory.mktemp("corpus"), programs)

@@ -5,14 +5,13 @@ import math
 import random
 import re
 import socket
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import support
 import torch
 import torch.nn.functional as F
-from cli_support import USER_DIR, Programs
+from cli_support import USER_DIR
 from fairseq import checkpoint_utils
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.data import Dictionary
@@ -216,13 +215,6 @@ def test_plain_model_is_refused():
         criterion_of()(model_of("transformer"), sample_of())
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    made = Programs(tmp_path_factory.mktemp("streams"))
-    yield made
-    made.close()
-
-
 def on_two_workers(programs, work, *arguments):
     """Runs `work`, a line of Python, in two processes at once; `rank` is 0 in one and 1 in the other."""
     program = f"""
@@ -259,8 +251,8 @@ def gradients(model):
 
 def test_two_workers_have_the_gradient_of_the_whole_batch(programs, tmp_path):
     """PyTorch's DDP over gloo averages workers; fairseq undoes that with the sample size."""
-    work = "sys.path.insert(0, sys.argv.pop()); import test_early_exit_training as t; t.ddp_worker(rank, *sys.argv)"
-    on_two_workers(programs, work, f"file://{tmp_path}/rendezvous", tmp_path, Path(__file__).parent)
+    work = f"import {__name__} as t; t.ddp_worker(rank, *sys.argv)"
+    on_two_workers(programs, work, f"file://{tmp_path}/rendezvous", tmp_path)
     for frozen in (False, True):
         model = model_of(exit_freeze_model=frozen, exit_share_output_projection=False)
         criterion_of(exit_distill=0.5)(model, sample_of())[0].backward()

@@ -6,7 +6,6 @@ import pytest
 import support
 import torch
 import torch.nn.functional as F
-from cli_support import corpus  # noqa: F401
 from fairseq import checkpoint_utils, options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.logging import metrics
@@ -19,7 +18,7 @@ from bild_fairseq.errors import BildError
 class Setting:
     """The corpus's small model as the student of its large one, and a batch of validation sentences."""
 
-    def __init__(self, corpus):  # noqa: F811
+    def __init__(self, corpus):
         flags = options.parse_args_and_arch(options.get_generation_parser(), [str(corpus.data), "--path", "-"])
         self.task = tasks.setup_task(convert_namespace_to_omegaconf(flags).task)
         self.task.load_dataset("valid")
@@ -39,7 +38,7 @@ class Setting:
 
 
 @pytest.fixture
-def setting(corpus):  # noqa: F811
+def setting(corpus):
     return Setting(corpus)
 
 
@@ -169,7 +168,7 @@ def test_metrics_do_not_depend_on_how_sentences_are_batched(setting, sentence_av
     assert logged[0]["accuracy"] == pytest.approx(100 * int(whole["n_correct"]) / tokens, abs=1e-3)
 
 
-def test_what_cannot_be_used_is_refused(setting, corpus, tmp_path):  # noqa: F811
+def test_what_cannot_be_used_is_refused(setting, corpus, tmp_path):
     for weight in (-0.1, 1.1, math.nan):
         with pytest.raises(BildError, match="--teacher-weight"):
             setting.criterion(weight)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_support import Corpus, corpus, save  # noqa: F401
+from cli_support import Corpus
 from fairseq.data import indexed_dataset
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from script_support import script
@@ -28,7 +28,7 @@ LEARNS = ["--epochs", 10]
 class Aligner:
     """Runs the script on a corpus and writes down what it did: "part" (of the calibration set), "train"."""
 
-    def __init__(self, corpus: Corpus, folder: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    def __init__(self, corpus: Corpus, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.corpus, self.folder = corpus, folder
         self.out, self.work = folder / "aligned.pt", folder / "work"
         self.started: list[str] = []
@@ -75,18 +75,18 @@ class Aligner:
 
 
 @pytest.fixture
-def aligner(corpus, tmp_path, monkeypatch):  # noqa: F811
+def aligner(corpus, tmp_path, monkeypatch):
     return Aligner(corpus, tmp_path, monkeypatch)
 
 
-def greedy_outputs(corpus: Corpus, split: str) -> dict[tuple[str, ...], str]:  # noqa: F811
+def greedy_outputs(corpus: Corpus, split: str) -> dict[tuple[str, ...], str]:
     """Source words -> what the large model writes greedily, as fairseq's own generator prints it."""
     run = corpus.stock("--gen-subset", split, "--max-len-b", 12)
     sources = run.fields("S")
     return {tuple(sources[number][0].split()): text for number, text in run.texts().items()}
 
 
-def test_from_two_models_to_an_aligned_one(aligner, corpus, capsys):  # noqa: F811
+def test_from_two_models_to_an_aligned_one(aligner, corpus, capsys):
     report = aligner(*LEARNS)
     assert aligner.started == ["part", "part", "part", "train"]
     task = corpus.task()
@@ -139,7 +139,7 @@ def test_an_interruption_costs_one_part_and_one_epoch(aligner):
     assert log.count("end of epoch 1 ") == log.count("end of epoch 2 ") == 1
 
 
-def test_changed_settings_are_noticed(aligner, corpus):  # noqa: F811
+def test_changed_settings_are_noticed(aligner, corpus):
     aligner.break_off = lambda step, count: step == "train"
     with pytest.raises(KeyboardInterrupt):
         aligner()
@@ -155,7 +155,7 @@ def test_changed_settings_are_noticed(aligner, corpus):  # noqa: F811
 
 
 @pytest.mark.parametrize("top", [0, 5])
-def test_distillation_from_the_large_model(aligner, corpus, top):  # noqa: F811
+def test_distillation_from_the_large_model(aligner, corpus, top):
     report = aligner(*LEARNS, "--distill", 0.5, "--distill-top", top, "--half")
     assert report["agreement"]["after"] > report["agreement"]["before"] + 0.05
     log = (aligner.work / "training" / "train.log").read_text()
@@ -264,7 +264,7 @@ def test_bad_input_is_refused_before_the_work_starts(aligner, options_, message)
     assert aligner.started == [] and not aligner.work.exists()
 
 
-def test_unfit_models_are_refused_before_the_work_starts(aligner, corpus, tmp_path):  # noqa: F811
+def test_unfit_models_are_refused_before_the_work_starts(aligner, corpus, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     for language in "xy":

@@ -1,5 +1,4 @@
 """scripts/calibrate.py, scripts/simulate.py: walks are BiLD, costs are found again, the bound holds, end to end."""
-# ruff: noqa: F811
 
 import json
 import math
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import support
-from cli_support import Corpus, corpus  # noqa: F401
+from cli_support import Corpus
 from hypothesis import given
 from hypothesis import strategies as st
 from script_support import MemoryTask, refused, run_script, script

@@ -1,5 +1,4 @@
 """scripts/rounds.py and scripts/plot.py: rounds are what happened, figures and the page come out, bad input."""
-# ruff: noqa: F811
 
 import json
 import re
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import support
-from cli_support import Corpus, corpus  # noqa: F401
+from cli_support import Corpus
 from hypothesis import given
 from hypothesis import strategies as st
 from script_support import refused, run_script, script

@@ -1,5 +1,4 @@
 """scripts/sweep.py, scripts/common.py: a grid end to end, going on after an interruption, scores, bad input."""
-# ruff: noqa: F811
 
 import csv
 import json
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import sacrebleu
 import support
-from cli_support import Corpus, corpus  # noqa: F401
+from cli_support import Corpus
 from script_support import SCRIPTS, MemoryTask, refused, run_script, script
 
 from bild_fairseq.errors import BildError

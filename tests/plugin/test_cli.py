@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_support import POSITIONS, SENTENCES, USER_DIR, Run, assert_same_hypotheses, corpus, joined, save  # noqa: F401
+from cli_support import POSITIONS, SENTENCES, USER_DIR, Run, assert_same_hypotheses, joined, save
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerModel
@@ -24,14 +24,14 @@ EVERY = set(range(SENTENCES))
 
 
 @pytest.fixture(scope="module")
-def stock(corpus) -> Run:  # noqa: F811
+def stock(corpus) -> Run:
     """fairseq's own greedy search over the test set."""
     return corpus.stock("--batch-size", 32)
 
 
 @pytest.mark.parametrize("batch_size", [1, 32])
 @pytest.mark.parametrize("generator", ["lossless", "greedy"])
-def test_lossless_and_greedy_are_stock_greedy_search(corpus, stock, generator, batch_size):  # noqa: F811
+def test_lossless_and_greedy_are_stock_greedy_search(corpus, stock, generator, batch_size):
     options = ["--generator", "greedy"] if generator == "greedy" else corpus.lossless()
     run = corpus.generate(*options, "--batch-size", batch_size)
     assert_same_hypotheses(run, stock)
@@ -40,13 +40,13 @@ def test_lossless_and_greedy_are_stock_greedy_search(corpus, stock, generator, b
 
 
 @pytest.mark.parametrize("limit", [("--batch-size", 5), ("--max-tokens", 20), ()])
-def test_every_sentence_comes_out_once(corpus, limit):  # noqa: F811
+def test_every_sentence_comes_out_once(corpus, limit):
     """Without --required-batch-size-multiple, which fairseq's main branch needs to keep the last batch."""
     run = corpus.generate(*corpus.bild(), *limit)
     assert run.fields("H").keys() == EVERY
 
 
-def test_shards_share_the_sentences(corpus, stock):  # noqa: F811
+def test_shards_share_the_sentences(corpus, stock):
     texts, counted = {}, 0
     for rank in range(2):
         shard = ["--batch-size", 4, "--distributed-world-size", 2, "--distributed-rank", rank]
@@ -59,7 +59,7 @@ def test_shards_share_the_sentences(corpus, stock):  # noqa: F811
     assert counted == SENTENCES
 
 
-def test_beam_search_is_untouched(corpus):  # noqa: F811
+def test_beam_search_is_untouched(corpus):
     """Line for line."""
     options = ["--beam", 3, "--nbest", 2, "--batch-size", 16, "--required-batch-size-multiple", 1]
     wanted = corpus.stock(*options).out
@@ -68,7 +68,7 @@ def test_beam_search_is_untouched(corpus):  # noqa: F811
 
 
 @pytest.mark.parametrize("program", ["generate", "interactive"])
-def test_help_lists_every_flag_with_default_and_unit(corpus, program):  # noqa: F811
+def test_help_lists_every_flag_with_default_and_unit(corpus, program):
     text = " ".join(corpus.programs(program, "--user-dir", USER_DIR, "--help").out.split())
     expected = {
         "generator {beam,bild,greedy}": ["default: beam"],
@@ -88,7 +88,7 @@ def test_help_lists_every_flag_with_default_and_unit(corpus, program):  # noqa: 
             assert word in entry, flag
 
 
-def test_statistics_are_the_printed_summary_and_the_sum_of_the_sentences(corpus, tmp_path):  # noqa: F811
+def test_statistics_are_the_printed_summary_and_the_sum_of_the_sentences(corpus, tmp_path):
     path = tmp_path / "stats.json"
     run = corpus.generate(*corpus.bild("--bild-stats", path, "--print-step"), "--batch-size", 8)
     stats = json.loads(path.read_text())
@@ -125,7 +125,7 @@ def test_statistics_are_the_printed_summary_and_the_sum_of_the_sentences(corpus,
     assert [file.name for file in tmp_path.iterdir()] == ["stats.json"]
 
 
-def test_statistics_of_a_run_that_dies_midway(corpus, tmp_path):  # noqa: F811
+def test_statistics_of_a_run_that_dies_midway(corpus, tmp_path):
     """A source beyond the position limit ends fairseq-interactive; what was translated before is counted."""
     path, too_long = tmp_path / "stats.json", "a " * (POSITIONS + 5)
     run = corpus.interactive(*corpus.bild("--bild-stats", path), text=f"a b\nc\n{too_long}\ne\n", status=None)
@@ -146,7 +146,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", [option.split() for option in OPTIONS], ids=OPTIONS.values())
-def test_options_do_what_they_do_in_stock_greedy_search(corpus, stock, options):  # noqa: F811
+def test_options_do_what_they_do_in_stock_greedy_search(corpus, stock, options):
     """With the lossless settings, where both models and every position must respect them."""
     wanted = corpus.stock("--batch-size", 8, *options)
     assert wanted.fields("H") != stock.fields("H"), "the options change nothing here, so they prove nothing"
@@ -158,7 +158,7 @@ def repeats_a_pair(text: str) -> bool:
     return len(set(pairs)) < len(pairs)
 
 
-def test_no_repeated_ngrams(corpus, stock):  # noqa: F811
+def test_no_repeated_ngrams(corpus, stock):
     """Compared with greedy decoding: on a CPU stock fairseq looks for repeats of the wrong words and finds none."""
     options = ["--no-repeat-ngram-size", 2, "--batch-size", 8]
     greedy = corpus.generate("--generator", "greedy", *options)
@@ -169,7 +169,7 @@ def test_no_repeated_ngrams(corpus, stock):  # noqa: F811
     assert not any(map(repeats_a_pair, drafted.texts().values()))
 
 
-def test_draft_that_nobody_verifies_respects_the_options(corpus):  # noqa: F811
+def test_draft_that_nobody_verifies_respects_the_options(corpus):
     """The small model alone, which never asks the large one, decodes as it would under --path."""
     options = ["--batch-size", 8, "--min-len", 4, "--max-len-b", 9, "--unkpen", -2, "--prefix-size", 1]
     alone = ["--bild-start", "small", "--bild-fallback-threshold", 0, "--bild-rollback-threshold", "inf"]
@@ -178,14 +178,14 @@ def test_draft_that_nobody_verifies_respects_the_options(corpus):  # noqa: F811
     assert {steps for (steps,) in run.fields("I").values()} == {"0"}
 
 
-def test_score_reference(corpus):  # noqa: F811
+def test_score_reference(corpus):
     options = ["--score-reference", "--batch-size", 8]
     run, wanted = corpus.generate(*corpus.bild(*options)), corpus.stock(*options)
     assert_same_hypotheses(run, wanted)
     assert run.texts() == {number: text.replace("<<unk>>", "<unk>") for number, (text,) in wanted.fields("T").items()}
 
 
-def test_output_options(corpus, tmp_path):  # noqa: F811
+def test_output_options(corpus, tmp_path):
     """--remove-bpe, --results-path and --sacrebleu: the file that they make is stock fairseq's."""
     options = ["--batch-size", 8, "--remove-bpe", "--sacrebleu", "--scoring", "sacrebleu", "--results-path"]
     results = {}
@@ -200,7 +200,7 @@ def test_output_options(corpus, tmp_path):  # noqa: F811
     assert "BLEU" in ours.out.splitlines()[-1]
 
 
-def test_half_precision(corpus, stock):  # noqa: F811
+def test_half_precision(corpus, stock):
     """--fp16, also where there is no GPU; rounding may change a word where two were almost as likely."""
     options = ["--fp16", "--cpu", "--batch-size", 8]
     reference = corpus.stock(*options, status=None)
@@ -213,7 +213,7 @@ def test_half_precision(corpus, stock):  # noqa: F811
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
-def test_rounded_weights(corpus, stock, precision):  # noqa: F811
+def test_rounded_weights(corpus, stock, precision):
     """Other scores than in float32, and for nearly all sentences the same text, from bild and greedy alike."""
     options = ["--batch-size", 8, "--bild-precision", precision]
     lossless = corpus.generate(*corpus.lossless(), *options)
@@ -222,7 +222,7 @@ def test_rounded_weights(corpus, stock, precision):  # noqa: F811
     assert lossless.fields("H") != stock.fields("H"), "nothing was rounded"
 
 
-def test_a_rounded_small_model_drafts_for_a_large_one_in_float32(corpus, stock):  # noqa: F811
+def test_a_rounded_small_model_drafts_for_a_large_one_in_float32(corpus, stock):
     """The large model's judgement is exact; only what it is offered differs."""
     options = ["--batch-size", 8, "--bild-small-precision", "int8"]
     lossless = corpus.generate(*corpus.lossless(), *options)
@@ -231,7 +231,7 @@ def test_a_rounded_small_model_drafts_for_a_large_one_in_float32(corpus, stock):
     assert drafted[0] != drafted[1], "nothing was rounded"
 
 
-def test_ensembles(corpus, tmp_path):  # noqa: F811
+def test_ensembles(corpus, tmp_path):
     """Of large models: stock fairseq's ensemble. Of small models: drafts other than one member's."""
     path = ["--path", joined([corpus.large, corpus.large_halfway]), "--batch-size", 8]
     wanted = corpus.stock(*path)
@@ -247,7 +247,7 @@ LINES = ["c a b", "", "e", "unseen", "h g f e d@@ c b a", "a " * (POSITIONS - 1)
 
 
 @pytest.mark.parametrize("batching", [(), ("--buffer-size", 4, "--batch-size", 3)], ids=["single", "batched"])
-def test_interactive_is_stock_greedy_search(corpus, batching):  # noqa: F811
+def test_interactive_is_stock_greedy_search(corpus, batching):
     """An empty line, a single word, an unknown one, and a source at the position limit among the input."""
     text = "".join(f"{line}\n" for line in LINES)
     run = corpus.interactive(*corpus.lossless(), *batching, text=text)
@@ -256,7 +256,7 @@ def test_interactive_is_stock_greedy_search(corpus, batching):  # noqa: F811
     assert list(run.fields("H")) == list(range(len(LINES)))
 
 
-def test_statistics_count_interactive_sentences(corpus, tmp_path):  # noqa: F811
+def test_statistics_count_interactive_sentences(corpus, tmp_path):
     """fairseq-interactive does not tell a generator their numbers, so they are counted as they are translated."""
     path, text = tmp_path / "stats.json", "".join(f"{line}\n" for line in LINES)
     options = ["--bild-stats", path, "--buffer-size", 4, "--batch-size", 3]
@@ -267,7 +267,7 @@ def test_statistics_count_interactive_sentences(corpus, tmp_path):  # noqa: F811
     assert sorted(record["tokens"] for record in sentences) == lengths
 
 
-def test_source_beyond_the_limit_is_skipped_on_request(corpus):  # noqa: F811
+def test_source_beyond_the_limit_is_skipped_on_request(corpus):
     text = f"c a\n{'a ' * POSITIONS}\nb\n"
     options = ["--skip-invalid-size-inputs-valid-test", "--buffer-size", 3, "--batch-size", 3]
     run = corpus.interactive(*corpus.lossless(), *options, text=text)
@@ -276,7 +276,7 @@ def test_source_beyond_the_limit_is_skipped_on_request(corpus):  # noqa: F811
     assert list(run.fields("H")) == [0, 2]
 
 
-def test_sentences_with_logits_that_are_not_numbers_are_named(corpus, stock, tmp_path):  # noqa: F811
+def test_sentences_with_logits_that_are_not_numbers_are_named(corpus, stock, tmp_path):
     """A large model that is broken for one source word: the sentences without it are translated as ever."""
     word = "h"
     symbols = Dictionary.load(str(corpus.data / "dict.x.txt"))
@@ -296,7 +296,7 @@ def test_sentences_with_logits_that_are_not_numbers_are_named(corpus, stock, tmp
             assert re.search(rf"sentence {number}: the large model's logits are not numbers", run.err)
 
 
-def test_console_scripts(corpus, stock):  # noqa: F811
+def test_console_scripts(corpus, stock):
     """The programs as a shell starts them, with a relative --user-dir."""
 
     def console(program, *options, text=None):
@@ -325,7 +325,7 @@ class TestFromPython:
     """``task.build_generator`` and ``generator.generate``, without a program."""
 
     @pytest.fixture(scope="class")
-    def loaded(self, corpus):  # noqa: F811
+    def loaded(self, corpus):
         overrides = {"data": str(corpus.data)}
         models, config, task = checkpoint_utils.load_model_ensemble_and_task([str(corpus.large)], overrides)
         task.load_dataset("test")
@@ -341,7 +341,7 @@ class TestFromPython:
         return found
 
     @pytest.mark.parametrize("given", ["config", "namespace"])
-    def test_hypotheses_and_counters(self, corpus, loaded, given):  # noqa: F811
+    def test_hypotheses_and_counters(self, corpus, loaded, given):
         """With the dataclass of all options, or a namespace of some of them."""
         models, _, task = loaded
         kind = BildGenerationConfig if given == "config" else Namespace
@@ -357,7 +357,7 @@ class TestFromPython:
         assert generator.counters().tokens == stats["tokens"]
         assert generator.summary() in wanted.err
 
-    def test_the_options_of_a_checkpoint(self, corpus, loaded, stock):  # noqa: F811
+    def test_the_options_of_a_checkpoint(self, corpus, loaded, stock):
         """A configuration that a checkpoint carries, with the generator put in."""
         models, config, task = loaded
         args = config.generation
@@ -366,7 +366,7 @@ class TestFromPython:
         texts = {number: task.target_dictionary.string(hypothesis["tokens"]) for number, hypothesis in found.items()}
         assert texts == stock.texts()
 
-    def test_hub_interface(self, corpus, stock):  # noqa: F811
+    def test_hub_interface(self, corpus, stock):
         hub = TransformerModel.from_pretrained(
             str(corpus.large.parent), corpus.large.name, str(corpus.data), source_lang="x", target_lang="y"
         )

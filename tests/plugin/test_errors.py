@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from cli_support import USER_DIR, corpus, joined, save  # noqa: F401
+from cli_support import USER_DIR, joined, save
 from fairseq import checkpoint_utils, options, tasks
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq.tasks.translation_from_pretrained_bart import TranslationFromPretrainedBARTTask
@@ -152,29 +152,29 @@ def test_values_that_do_not_parse(flags, capsys):
 
 
 @pytest.fixture(scope="module")
-def large(corpus):  # noqa: F811
+def large(corpus):
     """The large model with its task, as the programs load them."""
     task = corpus.task()
     models, _ = checkpoint_utils.load_model_ensemble([str(corpus.large)], task=task)
     return task, models
 
 
-def refusal(large, **chosen):  # noqa: F811
+def refusal(large, **chosen):
     task, models = large
     return message_of(task.build_generator, models, config(**chosen))
 
 
-def test_no_small_model(large):  # noqa: F811
+def test_no_small_model(large):
     message = refusal(large)
     assert "--bild-small-path" in message and "early-exit" in message
 
 
-def test_exit_of_a_model_without_exits(large):  # noqa: F811
+def test_exit_of_a_model_without_exits(large):
     for generator in ("bild", "greedy"):
         assert "--bild-exit-layer" in refusal(large, generator=generator, bild_exit_layer=1)
 
 
-def test_exit_that_was_not_trained(corpus, tmp_path):  # noqa: F811
+def test_exit_that_was_not_trained(corpus, tmp_path):
     arch = {"arch": "early_exit_transformer_tiny", "decoder_layers": 3, "exit_layers": "1"}
     path = corpus.checkpoint(tmp_path / "early_exit.pt", **arch)
     task = corpus.task()
@@ -185,7 +185,7 @@ def test_exit_that_was_not_trained(corpus, tmp_path):  # noqa: F811
         assert "--bild-exit-layer 2" in message and "1" in message.partition("2")[2]
 
 
-def small_of(corpus, path, **changes):  # noqa: F811
+def small_of(corpus, path, **changes):
     """A small checkpoint that differs from the good one as told."""
     state = torch.load(corpus.small, weights_only=False)
     for name, value in changes.items():
@@ -193,7 +193,7 @@ def small_of(corpus, path, **changes):  # noqa: F811
     return save(path, state)
 
 
-def test_small_model_of_another_dictionary(corpus, large, tmp_path):  # noqa: F811
+def test_small_model_of_another_dictionary(corpus, large, tmp_path):
     """With another number of symbols, on either side, in a checkpoint or in the middle of an ensemble."""
     for side, symbol in (("x", "more"), ("y", "MORE")):
         for language in ("x", "y"):
@@ -209,7 +209,7 @@ def test_small_model_of_another_dictionary(corpus, large, tmp_path):  # noqa: F8
             assert str(size) in message and str(size + 1) in message
 
 
-def test_small_model_of_a_dictionary_of_the_same_size(corpus, large, tmp_path):  # noqa: F811
+def test_small_model_of_a_dictionary_of_the_same_size(corpus, large, tmp_path):
     """Seen where the dictionary that it was trained with lies beside it."""
     path = small_of(corpus, tmp_path / "small.pt")
     for language in ("x", "y"):
@@ -223,27 +223,27 @@ def test_small_model_of_a_dictionary_of_the_same_size(corpus, large, tmp_path): 
         (tmp_path / f"dict.{language}.txt").unlink()
 
 
-def test_small_model_of_other_languages(corpus, large, tmp_path):  # noqa: F811
+def test_small_model_of_other_languages(corpus, large, tmp_path):
     for name, side in (("source_lang", "source"), ("target_lang", "target")):
         path = small_of(corpus, tmp_path / "small.pt", **{name: "z"})
         message = refusal(large, bild_small_path=str(path))
         assert str(path) in message and f"{side} language" in message and "z" in message
 
 
-def language_model(corpus, folder):  # noqa: F811
+def language_model(corpus, folder):
     """The checkpoint of a language model over the target words, and its task."""
     (folder / "dict.txt").write_text((corpus.data / "dict.y.txt").read_text())
     task = tasks.setup_task(Namespace(task="language_modeling", data=str(folder)))
     return corpus.checkpoint(folder / "lm.pt", task, arch="transformer_lm", tokens_per_sample=20), task
 
 
-def test_small_model_without_encoder(corpus, large, tmp_path):  # noqa: F811
+def test_small_model_without_encoder(corpus, large, tmp_path):
     path, _ = language_model(corpus, tmp_path)
     message = refusal(large, bild_small_path=str(path))
     assert str(path) in message and "encoder" in message
 
 
-def test_small_model_with_fewer_source_positions(corpus, large, tmp_path):  # noqa: F811
+def test_small_model_with_fewer_source_positions(corpus, large, tmp_path):
     """The option that the message proposes helps."""
     path = corpus.checkpoint(tmp_path / "small.pt", max_source_positions=12)
     message = refusal(large, bild_small_path=str(path))
@@ -253,7 +253,7 @@ def test_small_model_with_fewer_source_positions(corpus, large, tmp_path):  # no
     short.build_generator(models, config(bild_small_path=str(path)))
 
 
-def test_weights_that_do_not_fit_the_options(corpus, large, tmp_path):  # noqa: F811
+def test_weights_that_do_not_fit_the_options(corpus, large, tmp_path):
     state = torch.load(corpus.small, weights_only=False)
     del state["model"]["decoder.layers.0.fc1.weight"]
     path = save(tmp_path / "small.pt", state)
@@ -269,7 +269,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("option", UNSUPPORTED)
-def test_decoder_that_the_cached_decoder_cannot_run(corpus, large, tmp_path, option):  # noqa: F811
+def test_decoder_that_the_cached_decoder_cannot_run(corpus, large, tmp_path, option):
     """As the small model and as the large one."""
     path = corpus.checkpoint(tmp_path / "model.pt", **UNSUPPORTED[option])
     message = refusal(large, bild_small_path=str(path))
@@ -280,7 +280,7 @@ def test_decoder_that_the_cached_decoder_cannot_run(corpus, large, tmp_path, opt
     assert "large model" in message and option in message
 
 
-def bart_task(corpus):  # noqa: F811
+def bart_task(corpus):
     task = corpus.task()
     args = Namespace(**{**vars(task.cfg), "langs": "x,y"})
     task = TranslationFromPretrainedBARTTask(args, task.source_dictionary, task.target_dictionary)
@@ -288,28 +288,28 @@ def bart_task(corpus):  # noqa: F811
     return task
 
 
-def levenshtein_task(corpus):  # noqa: F811
+def levenshtein_task(corpus):
     task = corpus.task()
     return TranslationLevenshteinTask(TranslationLevenshteinConfig(), task.source_dictionary, task.target_dictionary)
 
 
 @pytest.mark.parametrize("make", [bart_task, levenshtein_task])
 @pytest.mark.parametrize("generator", ["bild", "greedy"])
-def test_tasks_that_build_their_own_generator(corpus, large, make, generator):  # noqa: F811
+def test_tasks_that_build_their_own_generator(corpus, large, make, generator):
     """They must not ignore the flag."""
     small = {"bild_small_path": str(corpus.small)} if generator == "bild" else {}
     message = message_of(make(corpus).build_generator, large[1], config(generator=generator, **small))
     assert "--task translation_" in message and f"--generator {generator}" in message
 
 
-def test_model_without_encoder_as_the_large_one(corpus, tmp_path):  # noqa: F811
+def test_model_without_encoder_as_the_large_one(corpus, tmp_path):
     """A language model, in a task that translates nothing."""
     path, task = language_model(corpus, tmp_path)
     models, _ = checkpoint_utils.load_model_ensemble([str(path)], task=task)
     message_of(task.build_generator, models, config(generator="greedy"))
 
 
-def damaged(corpus, folder, kind):  # noqa: F811
+def damaged(corpus, folder, kind):
     path = folder / f"{kind}.pt"
     if kind == "text":
         path.write_text("This is no checkpoint.\n")
@@ -333,7 +333,7 @@ class Touch:
 
 @pytest.mark.parametrize("role", ["large", "small"])
 @pytest.mark.parametrize("kind", ["missing", "text", "truncated", "malicious"])
-def test_program_with_a_bad_checkpoint(corpus, tmp_path, role, kind):  # noqa: F811
+def test_program_with_a_bad_checkpoint(corpus, tmp_path, role, kind):
     path = damaged(corpus, tmp_path, kind)
     named = ["--path", path] if role == "large" else ["--bild-small-path", path]
     run = corpus.generate(*corpus.bild(*named), status=None)
@@ -356,11 +356,11 @@ def test_program_with_a_bad_checkpoint(corpus, tmp_path, role, kind):  # noqa: F
         ("--generator greedy --bild-stats nowhere/stats.json", "--bild-stats"),
     ],
 )
-def test_program_with_bad_flags(corpus, flags, named):  # noqa: F811
+def test_program_with_bad_flags(corpus, flags, named):
     assert named in corpus.generate(*flags.split(), status=None).error()
 
 
-def test_interactive_program(corpus, tmp_path):  # noqa: F811
+def test_interactive_program(corpus, tmp_path):
     """Before it waits for input."""
     run = corpus.interactive("--generator", "bild", "--nbest", 2, text="a\n", status=None)
     assert "--nbest" in run.error()
@@ -369,12 +369,12 @@ def test_interactive_program(corpus, tmp_path):  # noqa: F811
     assert "--quant-noise-pq" in run.error()
 
 
-def test_program_without_a_path(corpus):  # noqa: F811
+def test_program_without_a_path(corpus):
     arguments = [corpus.data, "--user-dir", USER_DIR, "--generator", "greedy"]
     assert "--path" in corpus.programs("generate", *arguments, status=None).error()
 
 
-def test_minimum_length_above_the_positions_of_a_model(corpus):  # noqa: F811
+def test_minimum_length_above_the_positions_of_a_model(corpus):
     """A limit that the options alone do not tell."""
     run = corpus.generate("--generator", "greedy", "--min-len", 100, "--max-len-b", 200, status=None)
     assert "--min-len 100" in run.error()

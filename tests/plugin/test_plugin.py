@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from cli_support import SENTENCES, STOCK, USER_DIR, corpus  # noqa: F401
+from cli_support import SENTENCES, STOCK, USER_DIR
 from fairseq import checkpoint_utils, options, tasks
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.tasks import FairseqTask
@@ -92,7 +92,7 @@ assert "bild_fairseq" not in sys.modules
     [GENERATION_FLAGS, PARSING, LOADING, BUILDING],
     ids=["the flags' dataclass", "the parser", "the loading function", "build_generator"],
 )
-def test_fairseq_is_as_the_plugin_expects(corpus, code):  # noqa: F811
+def test_fairseq_is_as_the_plugin_expects(corpus, code):
     corpus.programs("python", code + NO_PLUGIN, corpus.large)
 
 
@@ -133,7 +133,7 @@ print(json.dumps({name: config[name] for name in config if name.startswith("bild
 """
 
 
-def test_flags_reach_the_generation_config(corpus):  # noqa: F811
+def test_flags_reach_the_generation_config(corpus):
     def parsed(parser, *flags):
         arguments = [parser, "program", "data", "--user-dir", USER_DIR, "--path", corpus.large, *flags]
         return json.loads(corpus.programs("python", FLAGS, *arguments).out)
@@ -177,7 +177,7 @@ fairseq_cli.generate.cli_main()
 """
 
 
-def test_user_dir_after_an_import_in_python(corpus):  # noqa: F811
+def test_user_dir_after_an_import_in_python(corpus):
     """Imported once, under one name, and everything works as if it had been the --user-dir alone."""
     arguments = [*corpus.arguments(*corpus.bild()), "--user-dir", USER_DIR]
     run = corpus.programs("python", IMPORTED_FIRST, "program", *arguments)
@@ -193,13 +193,13 @@ for _ in range(2):
 """
 
 
-def test_two_generations_in_one_process_are_reported_once_each(corpus):  # noqa: F811
+def test_two_generations_in_one_process_are_reported_once_each(corpus):
     arguments = [*corpus.arguments(*corpus.bild("--max-len-b", 1)), "--user-dir", USER_DIR]
     run = corpus.programs("python", TWICE, "program", *arguments)
     assert run.err.count(f"{SENTENCES} sentences, ") == 2
 
 
-def test_training_is_untouched(corpus, tmp_path):  # noqa: F811
+def test_training_is_untouched(corpus, tmp_path):
     """The same weights with and without the plugin, also with the beam search that --eval-bleu builds."""
     size = "--encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 8 --decoder-embed-dim 8 --max-update 3"
     size += " --encoder-attention-heads 2 --decoder-attention-heads 2 --encoder-normalize-before"
