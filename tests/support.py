@@ -21,6 +21,7 @@ from bild_fairseq.decoding.policies import Policy
 from bild_fairseq.engines.base import Pass
 from bild_fairseq.engines.choose import engine_for, remember
 from bild_fairseq.plugin.generator import BildGenerator, SearchOptions
+from bild_fairseq.plugin.pair import Pair
 
 WORDS = 20
 MAX_POSITIONS = 100
@@ -148,12 +149,16 @@ def prefix_batch(prefixes: Sequence[Sequence[int]]) -> Tensor | None:
     return tokens
 
 
+OF_PAIR = ("exit_layer", "alone", "precision", "small_precision")
+
+
 def generator(large: Sequence[nn.Module], small: Sequence[nn.Module], rules: Rules, **more: Any) -> BildGenerator:
     """The package's generator for the reference's rules; what they say of one sentence is left out.
 
     Args:
-        more: further arguments of ``BildGenerator``.
+        more: further arguments of ``Pair`` and ``BildGenerator``.
     """
+    of_pair = {name: more.pop(name) for name in OF_PAIR if name in more}
     policy = Policy(
         fallback_threshold=rules.fallback_threshold,
         rollback_threshold=rules.rollback_threshold,
@@ -171,7 +176,7 @@ def generator(large: Sequence[nn.Module], small: Sequence[nn.Module], rules: Rul
         temperature=rules.temperature,
         no_repeat_ngram_size=rules.no_repeat_ngram_size,
     )
-    return BildGenerator(large, symbols(), policy, options, small_models=small, **more)
+    return BildGenerator(Pair(large, small, **of_pair), symbols(), policy, options, **more)
 
 
 def assert_like_reference(hypothesis: dict[str, Any], wanted: Result) -> None:

@@ -1,14 +1,12 @@
-"""fairseq's face of the decoding loop: samples in, hypotheses out."""
+"""fairseq's generator: samples in, hypotheses out."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +17,10 @@ from ..decoding.constraints import Constraints
 from ..decoding.counters import Counters, summary, total
 from ..decoding.decode import decode
 from ..decoding.policies import Policy
-from ..decoding.reader import Reader
 from ..decoding.sentence import Sentence
-from ..engines.choose import engine_for
-from ..engines.readers import combined
 from ..errors import BildError
+from .files import write_atomically
+from .pair import Pair
 
 logger = logging.getLogger(__name__)
 
@@ -46,56 +43,37 @@ class SearchOptions:
 class BildGenerator:
     """Generates with a large model and, if there is one, a small model that drafts for it.
 
-    Takes the place of fairseq's ``SequenceGenerator``: ``generate(models, sample)``. The models' weights are laid
-    out for decoding when the generator is made; later changes to them are not seen.
+    Takes the place of fairseq's ``SequenceGenerator``: ``generate(models, sample)``.
 
     Args:
-        models: the large model, or the members of an ensemble; they are put into eval mode, as fairseq does.
+        pair: the models.
         tgt_dict: target dictionary.
         policy: thresholds and rules.
         options: length limits, penalties and the like.
-        small_models: the small model, or the members of an ensemble, on the same device; empty for none.
-        exit_layer: decoder layer, counted from the bottom, whose exit in ``models`` drafts; with ``alone`` it
-            decodes without the layers above. Not together with ``small_models``.
-        alone: no drafting: ``models``, or their exit, decode greedily.
         source_lengths: length of every source in a batch, for ``match_source_len``.
         eos: end symbol; the dictionary's unless given.
         symbols_to_strip_from_output: symbols that fairseq leaves out of printed hypotheses.
         stats_path: where :meth:`finish` writes the counters.
-        precision: of the models' weights, see :mod:`bild_fairseq.engines.precision`.
-        small_precision: of the small models' weights; None for the same.
-
-    Raises:
-        BildError: a decoder has an option that is not supported; the message names it.
     """
 
     def __init__(
         self,
-        models: Sequence[nn.Module],
+        pair: Pair,
         tgt_dict: Dictionary,
         policy: Policy,
         options: SearchOptions | None = None,
-        small_models: Sequence[nn.Module] = (),
-        exit_layer: int | None = None,
-        alone: bool = False,
         source_lengths: Callable[[dict[str, Any]], Tensor] | None = None,
         eos: int | None = None,
         symbols_to_strip_from_output: set[int] | None = None,
         stats_path: str | None = None,
-        precision: str = "float32",
-        small_precision: str | None = None,
     ):
+        self.pair = pair
         self.policy = policy
         self.options = options or SearchOptions()
         self.pad, self.unk = tgt_dict.pad(), tgt_dict.unk()
         self.eos = tgt_dict.eos() if eos is None else eos
         self.symbols_to_strip_from_output = (symbols_to_strip_from_output or set()) | {self.eos}
-        self._large = [engine_for(model, precision, "large") for model in models]
-        self._small = [engine_for(model, small_precision or precision, "small") for model in small_models]
-        self._exit_layer = exit_layer
-        self._alone = alone
         self._source_lengths = source_lengths
-        self._max_positions = min(model.max_decoder_positions() for model in (*models, *small_models))
         self._stats_path = stats_path
         self._records: list[dict[str, Any]] = []
         self._counters: list[Counters] = []
@@ -133,7 +111,7 @@ class BildGenerator:
         prefixes = [prefix[: limits.max_len] for prefix in self._prefixes(prefix_tokens, batch)]
         if any(prefixes):
             limits = dataclasses.replace(limits, prefix_lengths=[len(prefix) for prefix in prefixes])
-        large, small = self.readers(sample, limits)
+        large, small = self.pair.readers(sample["net_input"], limits, self.options.temperature)
         start = self.eos if bos_token is None else bos_token
         sentences = decode(large, small, start, prefixes, self.policy, self.eos)
         self._record(sample, sentences)
@@ -141,28 +119,6 @@ class BildGenerator:
             [self._hypothesis(sentence, None if source_lengths is None else source_lengths[row])]
             for row, sentence in enumerate(sentences)
         ]
-
-    @torch.no_grad()
-    def readers(self, sample: dict[str, Any], constraints: Constraints) -> tuple[Reader, Reader | None]:
-        """Runs the encoders; returns the large reader and the small one, if there is one, for ``decode``.
-
-        Args:
-            sample: as for :meth:`generate`.
-            constraints: of the batch.
-        """
-        net_input = {name: value for name, value in sample["net_input"].items() if name != "prev_output_tokens"}
-        small = [engine.reader(engine.start(net_input), (0, engine.depth), constraints) for engine in self._small]
-        large = []
-        for engine in self._large:
-            state = engine.start(net_input)
-            if self._exit_layer is None or self._alone:
-                large.append(engine.reader(state, (0, self._exit_layer or engine.depth), constraints))
-            else:
-                shallow = engine.reader(state, (0, self._exit_layer), constraints, keep=True)
-                small.append(shallow)
-                large.append(engine.reader(state, (self._exit_layer, engine.depth), constraints, below=shallow))
-        temperature = self.options.temperature
-        return combined(large, constraints, temperature), combined(small, constraints, temperature) if small else None
 
     def counters(self) -> Counters:
         """The sum over all sentences generated so far."""
@@ -181,11 +137,8 @@ class BildGenerator:
 
     def finish(self) -> None:
         """Writes the statistics file, if one was asked for."""
-        if self._stats_path is None:
-            return
-        temporary = Path(f"{self._stats_path}.tmp")
-        temporary.write_text(json.dumps(self.stats(), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self._stats_path)
+        if self._stats_path is not None:
+            write_atomically(self._stats_path, json.dumps(self.stats(), indent=1) + "\n")
 
     def _limits(self, net_input: dict[str, Any], width: int) -> tuple[Constraints, list[int] | None]:
         options = self.options
@@ -194,7 +147,7 @@ class BildGenerator:
             lengths = self._source_lengths(net_input).tolist()
             max_len = max(lengths)
         else:
-            max_len = min(int(options.max_len_a * width + options.max_len_b), self._max_positions - 1)
+            max_len = min(int(options.max_len_a * width + options.max_len_b), self.pair.max_positions - 1)
         if options.min_len > max_len:
             raise BildError(f"--min-len {options.min_len} is above the maximum length, {max_len}; lower it")
         limits = Constraints(

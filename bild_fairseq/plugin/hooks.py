@@ -170,9 +170,8 @@ def _build(task: FairseqTask, models: Sequence[nn.Module], args: Any, extra: dic
     if option(args, "beam") != 1:
         logger.info("--generator %s is greedy: --beam %d becomes 1", args.generator, option(args, "beam"))
         args.beam = 1
-    pair = Pair.from_args(models, task, args)
     return BildGenerator(
-        pair.large,
+        Pair.from_args(models, task, args),
         task.target_dictionary,
         policy(args),
         SearchOptions(
@@ -186,15 +185,10 @@ def _build(task: FairseqTask, models: Sequence[nn.Module], args: Any, extra: dic
             temperature=option(args, "temperature"),
             no_repeat_ngram_size=option(args, "no_repeat_ngram_size"),
         ),
-        small_models=pair.small,
-        exit_layer=pair.exit_layer,
-        alone=pair.alone,
         source_lengths=functools.partial(source_lengths, pad=task.target_dictionary.pad()),
         eos=extra.get("eos"),
         symbols_to_strip_from_output=extra.get("symbols_to_strip_from_output"),
         stats_path=option(args, "bild_stats"),
-        precision=pair.precision,
-        small_precision=pair.small_precision,
     )
 
 

@@ -1,4 +1,4 @@
-"""A large model with what drafts for it: from checkpoints and flags to something that decodes.
+"""A large model with what drafts for it: from checkpoints and flags to readers for ``decode``.
 
 fairseq's programs come here through ``Pair.from_args``, scripts through ``Pair.load``; both get the same checks.
 
@@ -16,22 +16,30 @@ import dataclasses
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from fairseq.tasks import FairseqTask
 from torch import nn
 
+from ..decoding.constraints import Constraints
+from ..decoding.reader import Reader
+from ..engines.base import Engine
+from ..engines.choose import engine_for
 from ..engines.precision import PRECISIONS
+from ..engines.readers import combined
 from ..errors import BildError
 from ..models.exits import EarlyExitTransformerDecoder
 from .checkpoints import check_positions, load_large, load_small
 from .flags import option, small_paths
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pair:
-    """The models of a generation, checked.
+    """The models of a generation, checked, with their weights laid out for decoding.
+
+    Weights that change later are not seen; make another pair then.
 
     Args:
         large: the large model, or the members of an ensemble.
@@ -45,7 +53,11 @@ class Pair:
         small_path: checkpoints that ``small`` comes from, joined by ``:``; for :meth:`flags` only.
 
     Raises:
-        BildError: nothing drafts, two things do, an exit is not there, or a precision is unknown.
+        BildError: nothing drafts, two things do, an exit is not there, a precision is unknown, or a model has an
+            option that cannot be decoded; one line that says so.
+
+    Attributes:
+        large_engines, small_engines: what runs the models, one each. An exit is run by the large model's engine.
     """
 
     large: Sequence[nn.Module]
@@ -56,6 +68,8 @@ class Pair:
     small_precision: str | None = None
     large_path: str | None = None
     small_path: str | None = None
+    large_engines: list[Engine] = field(init=False, repr=False)
+    small_engines: list[Engine] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for precision in (self.precision, self.small_precision or self.precision):
@@ -69,6 +83,10 @@ class Pair:
             check_exit(self.large, self.exit_layer)
         elif self.small_precision not in (None, self.precision) and not self.small:
             raise BildError("there is no small model whose weights could have a precision of their own")
+        self.large_engines = [engine_for(model, self.precision, "large") for model in self.large]
+        self.small_engines = [
+            engine_for(model, self.small_precision or self.precision, "small") for model in self.small
+        ]
 
     @classmethod
     def from_args(cls, models: Sequence[nn.Module], task: FairseqTask, args: Any) -> Pair:
@@ -149,6 +167,45 @@ class Pair:
             return dataclasses.replace(self, alone=True)
         precision = self.small_precision or self.precision
         return Pair(self.small, alone=True, precision=precision, large_path=self.small_path)
+
+    @property
+    def engines(self) -> list[Engine]:
+        """All that run a model of this pair."""
+        return self.large_engines + self.small_engines
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens of the longest output, the end symbol included, that every model can write."""
+        return min(model.max_decoder_positions() for model in (*self.large, *self.small))
+
+    @torch.no_grad()
+    def readers(
+        self, net_input: dict[str, Any], constraints: Constraints, temperature: float = 1.0
+    ) -> tuple[Reader, Reader | None]:
+        """Runs the encoders on a batch.
+
+        Args:
+            net_input: as fairseq collates it: ``src_tokens`` (batch, source) and ``src_lengths`` (batch,).
+            constraints: of the batch.
+            temperature: that all logits are divided by.
+
+        Returns:
+            the large model's reader and the reader that drafts, if something does, for ``decode``.
+        """
+        net_input = {name: value for name, value in net_input.items() if name != "prev_output_tokens"}
+        small = [
+            engine.reader(engine.start(net_input), (0, engine.depth), constraints) for engine in self.small_engines
+        ]
+        large = []
+        for engine in self.large_engines:
+            state = engine.start(net_input)
+            if self.exit_layer is None or self.alone:
+                large.append(engine.reader(state, (0, self.exit_layer or engine.depth), constraints))
+            else:
+                shallow = engine.reader(state, (0, self.exit_layer), constraints, keep=True)
+                small.append(shallow)
+                large.append(engine.reader(state, (self.exit_layer, engine.depth), constraints, below=shallow))
+        return combined(large, constraints, temperature), combined(small, constraints, temperature) if small else None
 
     def flags(self) -> str:
         """What selects this pair in fairseq-generate."""
