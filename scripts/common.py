@@ -26,6 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bild_fairseq.plugin.trace import replay, traced
 from fairseq import checkpoint_utils, options, tasks, utils
 from fairseq.data import Dictionary
 from fairseq.data.encoders.gpt2_bpe import DEFAULT_ENCODER_JSON, DEFAULT_VOCAB_BPE, GPT2BPE, GPT2BPEConfig
@@ -42,7 +43,6 @@ from bild_fairseq.errors import BildError
 from bild_fairseq.models.exits import EarlyExitTransformerDecoder
 from bild_fairseq.plugin.checkpoints import check_positions, load_small
 from bild_fairseq.plugin.generator import BildGenerator, SearchOptions
-from bild_fairseq.plugin.trace import replay, traced
 
 Run = Callable[[dict[str, Any]], list[list[int]]]
 METRIC_NAMES = {"bleu": "BLEU", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}

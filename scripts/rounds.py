@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from bild_fairseq.plugin.trace import traced
 from common import (
     Method,
     Scorer,
@@ -43,7 +44,6 @@ from tqdm import tqdm
 
 from bild_fairseq.decoding.decode import Policy
 from bild_fairseq.errors import BildError
-from bild_fairseq.plugin.trace import traced
 
 
 @dataclass(frozen=True)

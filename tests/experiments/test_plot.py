@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import support
+from bild_fairseq.plugin.trace import traced
 from cli_support import Corpus
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,6 @@ from script_support import refused, run_script, script
 
 from bild_fairseq.decoding.decode import Policy
 from bild_fairseq.plugin.generator import BildGenerator, SearchOptions
-from bild_fairseq.plugin.trace import traced
 
 plot, rounds = script("plot"), script("rounds")
 
