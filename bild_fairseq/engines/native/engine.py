@@ -2,125 +2,167 @@
 
 from __future__ import annotations
 
+import ctypes
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from fairseq.models.transformer import TransformerEncoder, TransformerEncoderBase
-from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+import torch
 from torch import nn
 
 from ...decoding.constraints import Constraints
-from ...decoding.reader import Prediction, Tokens, Verdict
-from ..base import Engine, Logits, Pass, State
-from ..precision import rounded_copy
+from ...decoding.reader import Prediction, Verdict
+from ..base import Engine, Logits, Pass
 from ..readers import EngineReader
-from .decoder import NativeDecoder
-from .encoder import NativeEncoder
-from .stack import missing_option
+from . import structs
+from .build import library
+from .encoder import encoder_for
+from .packing import PackedStack, Packer
+from .reader import NativeReader
+from .state import NativeState
 
 
 class NativeEngine(Engine):
-    """A fairseq encoder-decoder model in C."""
+    """A fairseq encoder-decoder model in C. Several threads can use one, each with states of its own.
+
+    Args:
+        model: in eval mode; :func:`~bild_fairseq.engines.native.options.missing_option` has nothing against its
+            decoder. Weights are copied.
+        precision: of the weights of matrix products, see :mod:`bild_fairseq.engines.precision`.
+    """
 
     def __init__(self, model: nn.Module, precision: str = "float32"):
         super().__init__()
-        self.decoder = NativeDecoder(model.decoder, precision)
-        self.depth = self.decoder.depth
-        self._native_encoder = None
-        if is_stock(model.encoder) and missing_option(model.encoder) is None:
-            self._native_encoder = NativeEncoder(model.encoder, precision)
-        else:
-            self._encoder = rounded_copy(model, precision).encoder
+        self._library = library()
+        self._encoder = encoder_for(model, precision)
+        packer, decoder = Packer(self._library.bild_panel(), precision), model.decoder
+        self._stack = PackedStack(decoder, packer)
+        self.depth = self._stack.depth
+        self._heads = packer.heads(decoder)
+        attentions = [layer.encoder_attn for layer in decoder.layers]
+        self._source = packer.linear(*(part for a in attentions for part in (a.k_proj, a.v_proj)))
 
-    def start(self, net_input: dict[str, Any]) -> State:
+    def start(self, net_input: dict[str, Any]) -> NativeState:
         return self.timed(self._start, net_input)
 
-    def _start(self, net_input: dict[str, Any]) -> State:
-        if self._native_encoder is not None:
-            encoder_out, padding = self._native_encoder(net_input["src_tokens"])
-        else:
-            out = self._encoder.forward_torchscript(net_input)
-            encoder_out, masks = out["encoder_out"][0], out["encoder_padding_mask"]
-            padding = masks[0] if masks else None
-        return self.decoder.start(encoder_out, padding, len(net_input["src_tokens"]))
-
-    def run(self, state: State, step: Pass) -> Logits | None:
-        return self.timed(
-            self.decoder.read, state, step.tokens, step.rows, step.starts, step.layers, step.predict, step.keep
+    def _start(self, net_input: dict[str, Any]) -> NativeState:
+        x, lengths = self._encoder(net_input)
+        state = NativeState(self._stack, len(lengths), 32 + 2 * max(lengths), self.depth)
+        state.reserve_source(lengths)
+        projected = torch.empty(len(x), self._source.out)
+        self._library.bild_source(
+            *(self._stack.address, state.address, ctypes.addressof(self._source)),
+            *(x.data_ptr(), projected.data_ptr(), torch.get_num_threads()),
         )
+        return state
+
+    def run(self, state: NativeState, step: Pass) -> Logits | None:
+        return self.timed(self._run, state, step)
+
+    def _run(self, state: NativeState, step: Pass) -> Logits | None:
+        self._prepare(state, step, max(_ends(step)))
+        self._call(self._library.bild_run, state)
+        return None if step.predict == "none" else state.buffers.logits(self._heads[step.layers[1]].vocabulary.out)
+
+    def draft(
+        self, state: NativeState, step: Pass, constraints: Constraints, limit: float, threshold: float
+    ) -> list[list[Prediction]]:
+        """Reads new tokens of some sentences and goes on with its own best ones, in one call.
+
+        Args:
+            state, step: as for :meth:`run`; the pass begins with the lowest layer and predicts after last tokens.
+            constraints: none of them depends on the text.
+            limit, threshold: as for :meth:`~bild_fairseq.decoding.reader.Reader.draft`.
+
+        Returns:
+            for each sentence its predictions; see :meth:`~bild_fairseq.decoding.reader.Reader.draft`.
+        """
+        return self.timed(self._draft, state, step, constraints, limit, threshold)
+
+    def _draft(
+        self, state: NativeState, step: Pass, constraints: Constraints, limit: float, threshold: float
+    ) -> list[list[Prediction]]:
+        count, ends = len(step.rows), _ends(step)
+        # At the maximum length only the end symbol is left, so no draft is longer than this.
+        limit = min(limit, max(1, constraints.max_len - min(ends) + 2))
+        self._prepare(state, step, min(max(ends) + limit, max(*ends, constraints.max_len + 1)))
+        prefixes = array("q", constraints.prefix_lengths)
+        integers, lprobs = array("q", bytes(8 * count * (2 + limit))), array("f", bytes(4 * count * limit))
+        order = integers.buffer_info()[0]
+        made, tokens = order + 8 * count, order + 16 * count
+        draft = structs.Draft(
+            _constraints(constraints, prefixes), threshold, limit, order, made, tokens, lprobs.buffer_info()[0]
+        )
+        self._call(self._library.bild_draft, state, draft)
+        result = []
+        for row, length in enumerate(integers[count : 2 * count]):
+            begin = row * limit
+            words = integers[2 * count + begin : 2 * count + begin + length]
+            result.append(list(map(Prediction, words, lprobs[begin : begin + length])))
+        return result
+
+    def verify(self, state: NativeState, step: Pass, constraints: Constraints, drafted: Sequence[int]) -> list[Verdict]:
+        """Reads new tokens of some sentences, and says what should follow each, in one call.
+
+        Args:
+            state, step: as for :meth:`run`; the pass predicts after every token.
+            constraints: none of them depends on the text.
+            drafted: for each token of the pass the one that follows it, or -1.
+
+        Returns:
+            for each token of the pass a verdict; where no token follows, ``drafted_lprob`` is not a number.
+        """
+        return self.timed(self._verify, state, step, constraints, drafted)
+
+    def _verify(
+        self, state: NativeState, step: Pass, constraints: Constraints, drafted: Sequence[int]
+    ) -> list[Verdict]:
+        self._prepare(state, step, max(_ends(step)))
+        prefixes, total = array("q", constraints.prefix_lengths), len(drafted)
+        integers, lprobs = array("q", drafted), array("f", bytes(8 * total))
+        integers.frombytes(bytes(8 * total))
+        address, floats = integers.buffer_info()[0], lprobs.buffer_info()[0]
+        verification = structs.Verification(
+            _constraints(constraints, prefixes), address, address + 8 * total, floats, floats + 4 * total
+        )
+        self._call(self._library.bild_verify, state, verification)
+        return list(map(Verdict, integers[total:], lprobs[:total], lprobs[total:]))
 
     def reader(
         self,
-        state: State,
+        state: NativeState,
         layers: tuple[int, int],
         constraints: Constraints,
         below: EngineReader | None = None,
         keep: bool = False,
-    ) -> EngineReader:
+    ) -> NativeReader:
         return NativeReader(self, state, layers, constraints, below, keep)
 
+    def _prepare(self, state: NativeState, step: Pass, length: int) -> None:
+        """Makes room for positions 0 .. length - 1, and describes the pass."""
+        state.reserve(length)
+        if step.keep:
+            state.keep_hidden()
+        state.buffers.fill(step, self._stack, self._heads.get(step.layers[1]))
 
-class NativeReader(EngineReader):
-    """Drafts and verifies in one call into C each, where constraints allow."""
-
-    def draft(self, tokens: Tokens, rows: Sequence[int], limit: float, threshold: float) -> list[list[Prediction]]:
-        limits = [min(limit, self.constraints.max_len - len(tokens[row]) + 1) for row in rows]
-        if self.constraints.depend_on_text or limit <= 0 or min(limits) <= 0:
-            return super().draft(tokens, rows, limit, threshold)
-        step = self.next_pass(tokens, rows, "last")
-        minima = [max(0, self.constraints.min_len - len(tokens[row]) + 1) for row in rows]
-        drafts = self.engine.timed(
-            self.engine.decoder.draft,
-            *(self.state, step.tokens, step.rows, step.starts, step.layers),
-            *(self.constraints, threshold, limits, minima, step.keep),
-        )
-        drafts = [[Prediction(*one) for one in made] for made in drafts]
-        unended = [
-            index
-            for index, (made, most) in enumerate(zip(drafts, limits, strict=True))
-            if len(made) == most < limit
-            and made[-1].token != self.constraints.eos
-            and not self._ends(made[-1], threshold)
-        ]
-        texts = list(tokens)
-        for row, made in zip(rows, drafts, strict=True):
-            self.consumed[row] = len(tokens[row]) + len(made) - 1
-            texts[row] = [*tokens[row], *(one.token for one in made)]
-        if unended:
-            more = super().draft(texts, [rows[index] for index in unended], 1, threshold)
-            for index, one in zip(unended, more, strict=True):
-                drafts[index] += one
-        return drafts
-
-    def _ends(self, prediction: Prediction, threshold: float) -> bool:
-        from ...decoding.policies import falls_back
-
-        return prediction.lprob != prediction.lprob or falls_back(prediction.lprob, threshold)
-
-    def verify(self, tokens: Tokens, rows: Sequence[int]) -> list[list[Verdict]]:
-        c = self.constraints
-        if c.depend_on_text or any(len(tokens[row]) > c.max_len for row in rows) or c.prefix_lengths:
-            return super().verify(tokens, rows)
-        step = self.next_pass(tokens, rows, "all")
-        drafted = [t for row, start in zip(rows, step.starts, strict=True) for t in (*tokens[row][start + 1 :], c.eos)]
-        may_end = [
-            position >= c.min_len
-            for row, start in zip(rows, step.starts, strict=True)
-            for position in range(start, len(tokens[row]))
-        ]
-        verdicts = iter(
-            self.engine.timed(
-                self.engine.decoder.judge,
-                *(self.state, step.tokens, step.rows, step.starts, step.layers, c, drafted, may_end, step.keep),
-            )
-        )
-        return [[Verdict(*next(verdicts)) for _ in unread] for unread in step.tokens]
+    def _call(self, function: Any, state: NativeState, *details: ctypes.Structure) -> None:
+        addresses = map(ctypes.addressof, details)
+        state.buffers.run(function, self._stack.address, state.address, state.buffers.address, *addresses)
 
 
-def is_stock(encoder: nn.Module) -> bool:
-    """Whether an encoder computes what fairseq's own does."""
-    return (
-        type(encoder) in (TransformerEncoder, TransformerEncoderBase)
-        and all(type(layer).forward is TransformerEncoderLayerBase.forward for layer in encoder.layers)
-        and not getattr(encoder, "return_fc", False)
+def _ends(step: Pass) -> list[int]:
+    """Of each sentence of a pass, how many tokens have been read after it."""
+    return [start + len(tokens) for start, tokens in zip(step.starts, step.tokens, strict=True)]
+
+
+def _constraints(constraints: Constraints, prefixes: array) -> structs.Constraints:
+    """The struct, which points to the lengths of the prefixes."""
+    return structs.Constraints(
+        pad=constraints.pad,
+        unk=constraints.unk,
+        eos=constraints.eos,
+        min_len=constraints.min_len,
+        max_len=constraints.max_len,
+        unk_penalty=constraints.unk_penalty,
+        prefix_lengths=prefixes.buffer_info()[0] if prefixes else None,
     )
