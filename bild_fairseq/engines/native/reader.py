@@ -18,7 +18,7 @@ class NativeReader(EngineReader):
         step = self.next_pass(tokens, rows, "last")
         drafts = self.engine.draft(self.state, step, self.constraints, limit, threshold)
         for row, predictions in zip(rows, drafts, strict=True):
-            self._consumed[row] += len(predictions) - 1
+            self.consumed[row] += len(predictions) - 1
         return drafts
 
     def verify(self, tokens: Tokens, rows: Sequence[int]) -> list[list[Verdict]]:
