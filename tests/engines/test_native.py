@@ -1,25 +1,47 @@
-"""The C kernels: when they are built, and what happens without them; the encoder. The decoder: test_cached_decoder."""
+"""The engine in C: how it is built, what its kernels compute, and that threads can share it.
 
+That it equals fairseq's models is tested for every engine in test_engines.
+"""
+
+import copy
+import functools
 import logging
+import math
 import os
+import random
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference import Rules
-from support import PRE_NORM, assert_close, generator, model, sample, source, symbols
+from support import PRE_NORM, assert_close, generator, model, related, sample, source, symbols
+from torch import nn
 
 from bild_fairseq.decoding.constraints import Constraints
-from bild_fairseq.engines.native import NativeDecoder, NativeEncoder, build, missing_option
+from bild_fairseq.decoding.decode import decode
+from bild_fairseq.decoding.policies import Policy
+from bild_fairseq.engines.base import Pass
+from bild_fairseq.engines.choose import engine_for
+from bild_fairseq.engines.native import NativeEngine, build, missing_option, structs
+from bild_fairseq.engines.native.encoder import NativeEncoder
 from bild_fairseq.engines.precision import PRECISIONS, quantize, rounded, rounded_copy
-from bild_fairseq.engines.readers import ModelReader
-from bild_fairseq.engines.torch.decoder import CachedDecoder
-from bild_fairseq.engines.torch.lean_encoder import LeanEncoder
+from bild_fairseq.engines.readers import EngineReader
+from bild_fairseq.engines.torch.engine import TorchEngine
 from bild_fairseq.errors import BildError
 
 needs_kernels = pytest.mark.skipif(build.library() is None, reason="no C compiler here")
+
+
+# ---- How it is built -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -70,6 +92,28 @@ def test_a_broken_compiler_costs_speed_only(fresh, tmp_path, monkeypatch, caplog
     assert not list(fresh.iterdir())
 
 
+@needs_kernels
+def test_without_a_cache_folder_nothing_is_left_behind(fresh, tmp_path, monkeypatch):
+    """The kernels are built in the temporary folder, and run; their file is gone before they do."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    assert build.library().bild_panel() > 0
+    assert not list(temporary.iterdir())
+
+
+@needs_kernels
+def test_structs_that_differ_are_refused(monkeypatch):
+    """C code of another version would read the numbers from the wrong addresses."""
+    wider = type("State", (structs.State,), {"_fields_": [("more", structs.ctypes.c_int64)]})
+    monkeypatch.setattr(structs, "MIRRORED", (structs.Linear, wider))
+    with pytest.raises(BildError, match=r"disagree on the size of State, \d+ and \d+ bytes") as caught:
+        structs.check_sizes(build.library())
+    assert "\n" not in str(caught.value)
+
+
 def test_kernels_can_be_switched_off(fresh, monkeypatch):
     monkeypatch.setenv("BILD_NATIVE", "0")
     assert build.library() is None
@@ -78,19 +122,148 @@ def test_kernels_can_be_switched_off(fresh, monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize("options", [{}, PRE_NORM], ids=["post-norm", "pre-norm"])
 def test_with_and_without_kernels_the_text_is_the_same(options, fresh, monkeypatch):
-    large, small = model(1, **options), model(2, **options)
+    models = model(1, **options), model(2, **options)
     batch = sample([source([1, 2, 3]), source([4]), source(range(9))])
     rules = Rules(fallback_threshold=0.2, rollback_threshold=1.5)
-    native = generator([large], [small], rules)
-    assert isinstance(native._large[0].decoder, NativeDecoder)
-    monkeypatch.setenv("BILD_NATIVE", "0")
-    build.library.cache_clear()
-    other = generator([large], [small], rules)
-    assert isinstance(other._large[0].decoder, CachedDecoder)
-    for (got,), (wanted,) in zip(native.generate([], batch), other.generate([], batch), strict=True):
+    results = []
+    for switch, kind in (("1", NativeEngine), ("0", TorchEngine)):
+        monkeypatch.setenv("BILD_NATIVE", switch)
+        build.library.cache_clear()
+        large, small = copy.deepcopy(models)
+        assert isinstance(engine_for(large, "float32", "large"), kind)
+        results.append(generator([large], [small], rules).generate([], batch))
+    for (got,), (wanted,) in zip(*results, strict=True):
         assert got["tokens"].tolist() == wanted["tokens"].tolist()
         assert got["counters"] == wanted["counters"]
         assert_close(got["positional_scores"], wanted["positional_scores"])
+
+
+# ---- What the kernels compute, in NumPy ------------------------------------------------------------------------------
+
+
+def numbers(tensor):
+    return tensor.detach().double().numpy()
+
+
+def product(x, module):
+    """y[r, o] = sum_i x[r, i] weight[o, i] + bias[o]"""
+    return x @ numbers(module.weight).T + (0 if module.bias is None else numbers(module.bias))
+
+
+def norm(x, module):
+    """Each row has mean 0 and variance 1 before it is scaled and moved."""
+    if module is None:
+        return x
+    centred = x - x.mean(1, keepdims=True)
+    scaled = centred / np.sqrt((centred**2).mean(1, keepdims=True) + module.eps)
+    return scaled * numbers(module.weight) + numbers(module.bias)
+
+
+def attention(queries, keys, values, heads, causal):
+    """Of each head: the mean of the values, weighted by the softmax of query times key; a query sees no later key."""
+    out = np.zeros_like(queries)
+    size = queries.shape[1] // heads
+    for head in range(heads):
+        part = slice(head * size, (head + 1) * size)
+        for i, query in enumerate(queries[:, part]):
+            seen = i + 1 if causal else len(keys)
+            weights = np.exp(keys[:seen, part] @ query / math.sqrt(size))
+            out[i, part] = weights / weights.sum() @ values[:seen, part]
+    return out
+
+
+def activation(x, name):
+    return np.maximum(x, 0) if name == "relu" else x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+
+
+def sublayer(x, module, pre_norm, compute):
+    """What a sublayer does to x, with its residual and its norm before or after."""
+    return x + compute(norm(x, module)) if pre_norm else norm(x + compute(x), module)
+
+
+def layer(x, module, source_states, name):
+    """One layer over one sentence: x (T, dim); source_states (source, dim) for a decoder's layer."""
+
+    def attend(attention_module, queries_from, states, causal):
+        parts = (attention_module.q_proj, attention_module.k_proj, attention_module.v_proj)
+        inputs = (queries_from, states, states)
+        qkv = (product(*pair) for pair in zip(inputs, parts, strict=True))
+        return product(attention(*qkv, attention_module.num_heads, causal), attention_module.out_proj)
+
+    pre, decodes = module.normalize_before, source_states is not None
+    x = sublayer(x, module.self_attn_layer_norm, pre, lambda y: attend(module.self_attn, y, y, causal=decodes))
+    if decodes:
+        cross = module.encoder_attn
+        x = sublayer(x, module.encoder_attn_layer_norm, pre, lambda y: attend(cross, y, source_states, False))
+    return sublayer(
+        x, module.final_layer_norm, pre, lambda y: product(activation(product(y, module.fc1), name), module.fc2)
+    )
+
+
+def stack(module, tokens, source_states, name):
+    """Embeddings and layers of an encoder or a decoder with learned positions: (T,) to (T, dim)."""
+    first = module.padding_idx + 1
+    x = module.embed_scale * numbers(module.embed_tokens.weight)[tokens]
+    x = norm(x + numbers(module.embed_positions.weight)[first : first + len(tokens)], module.layernorm_embedding)
+    for one in module.layers:
+        x = layer(x, one, source_states, name)
+    return norm(x, module.layer_norm)
+
+
+WIDE = {
+    **{"encoder_learned_pos": True, "decoder_learned_pos": True, "layernorm_embedding": True, "encoder_layers": 2},
+    **{f"{side}_embed_dim": 60 for side in ("encoder", "decoder")},
+    **{f"{side}_ffn_embed_dim": 70 for side in ("encoder", "decoder")},
+}
+SETS = {"this processor's": "", "AVX2 at most": "-mno-avx512f", "none": "-mno-avx512f -mno-avx2"}
+
+
+@needs_kernels
+@torch.no_grad()
+@pytest.mark.parametrize("instructions", SETS.values(), ids=SETS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "options", [{**WIDE, **PRE_NORM, "activation_fn": "gelu"}, WIDE], ids=["pre-norm, gelu", "post-norm, relu"]
+)
+def test_kernels_compute_what_numpy_does(options, precision, instructions, tmp_path_factory, monkeypatch):
+    """Widths that fill no vector, numbers of rows that fill no block, for every instruction set and precision."""
+    use_instructions(instructions, tmp_path_factory, monkeypatch)
+    made = model(5, **options)
+    name = options.get("activation_fn", "relu")
+    engine, plain = NativeEngine(made, precision), rounded_copy(made, precision)
+    rng = random.Random(1)
+    for lengths in ((1,), (2, 3), (9, 1, 30), (7, 6)):
+        sources = [source(rng.choices(range(20), k=length)) for length in lengths]
+        texts = [[symbols().eos(), *rng.choices(range(4, 24), k=length)] for length in lengths]
+        state = engine.start(sample(sources)["net_input"])
+        rows, starts = range(len(lengths)), [0] * len(lengths)
+        logits, normalizers = engine.run(state, Pass(rows, starts, texts, (0, engine.depth), "all"))
+        wanted = []
+        for one, text in zip(sources, texts, strict=True):
+            states = stack(plain.encoder, one, None, name)
+            wanted.append(product(stack(plain.decoder, text, states, name), plain.decoder.output_projection))
+        wanted = torch.tensor(np.concatenate(wanted))
+        assert_close(logits.double(), wanted)
+        assert_close(normalizers.double(), wanted.logsumexp(1))
+    monkeypatch.undo()
+    build.library.cache_clear()
+
+
+@functools.cache
+def cache_folder(flags, factory):
+    return factory.mktemp("cache")
+
+
+def use_instructions(flags, tmp_path_factory, monkeypatch):
+    """Builds the kernels with some more flags, once a session."""
+    if not flags:
+        return
+    folder = cache_folder(flags, tmp_path_factory)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setenv("CC", compiler(folder, f'exec cc "$@" {flags}'))
+    build.library.cache_clear()
+    if build.library() is None:
+        pytest.skip("this compiler has no such flags")
 
 
 @needs_kernels
@@ -105,40 +278,34 @@ def test_encoder(options):
     made = model(3, **options)
     encoder = NativeEncoder(made.encoder)
     sources = [source(range(6)), source([2]), source(range(11))]
-    together = sample(sources)["net_input"]["src_tokens"]
-    found, padding = encoder(together)
-    stock, stock_padding = LeanEncoder(made.encoder)(together)
-    for row, one in enumerate(sources):
-        alone, _ = encoder(torch.tensor([one]))
-        assert torch.equal(found[~padding[row], row], alone[:, 0])
-        assert_close(alone[:, 0], stock[~stock_padding[row], row])
+    together, lengths = encoder(sample(sources)["net_input"])
+    assert lengths == [len(one) for one in sources]
+    for one, found in zip(sources, together.split(lengths), strict=True):
+        alone, _ = encoder(sample([one])["net_input"])
+        assert torch.equal(found, alone)
         wanted = made.encoder(torch.tensor([one]), torch.tensor([len(one)]))["encoder_out"][0]
-        assert_close(alone, wanted)
-
-
-@needs_kernels
-def test_fewer_threads_than_wanted():
-    """OpenMP may give fewer, as with a limit of 1 here; nothing is left out then."""
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "more_threads_than_cores"]
-    environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
+        assert_close(alone, wanted[:, 0])
 
 
 @needs_kernels
 @torch.no_grad()
-def test_more_threads_than_cores():
-    """Some of them sleep at barriers; what comes out is what one thread computes, to the last bit."""
-    encoder = NativeEncoder(model(3, **PRE_NORM).encoder)
-    tokens = sample([source(range(6)), source([2]), source(range(11))])["net_input"]["src_tokens"]
-    wanted, _ = encoder(tokens)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2 * (os.cpu_count() or 1) + 1)
-    try:
-        for _ in range(20):
-            assert torch.equal(encoder(tokens)[0], wanted)
-    finally:
-        torch.set_num_threads(before)
+def test_an_encoder_that_is_not_fairseqs_own_runs_as_it_is():
+    """The engine takes what it computes, padded sentences included."""
+    made = model(3, **PRE_NORM)
+    own = copy.deepcopy(made)
+    own.encoder.__class__ = type("Own", (type(made.encoder),), {"forward": lambda self, *args, **more: None})
+    own.encoder.forward_torchscript = made.encoder.forward_torchscript
+    assert missing_option(own.encoder) == "an encoder that is not fairseq's own"
+    net_input = sample([source(range(6)), source([2]), source(range(11))])["net_input"]
+    logits = []
+    for one in (made, own):
+        engine = NativeEngine(one)
+        step = Pass(range(3), [0] * 3, [[2, 5], [2], [2, 6, 7]], (0, engine.depth), "all")
+        logits.append(engine.run(engine.start(net_input), step)[0].clone())
+    assert_close(logits[1], logits[0])
+
+
+# ---- Precisions ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -166,49 +333,21 @@ def test_weights_beyond_half_precision_are_refused():
 
 
 @needs_kernels
+@torch.no_grad()
 def test_half_precision_loses_nothing_of_a_half_checkpoint():
     """Its weights are halves, tiny ones included, so that the logits are those of float32 to the last bit."""
     made = model(1)
-    with torch.no_grad():
-        for part in made.modules():
-            if isinstance(part, torch.nn.Linear):
-                part.weight[0, ::2] *= 1e-6  # below the smallest normal half
-                part.weight.copy_(part.weight.half().float())
-    read = [source(range(6))[:-1]], [0], [0], (0, len(made.decoder.layers)), "all"
-    encoder_out = torch.randn(5, 1, made.encoder.layers[0].embed_dim)
+    for part in made.modules():
+        if isinstance(part, nn.Linear):
+            part.weight[0, ::2] *= 1e-6  # below the smallest normal half
+            part.weight.copy_(part.weight.half().float())
+    step = Pass([0], [0], [source(range(6))[:-1]], (0, len(made.decoder.layers)), "all")
     logits = []
     for precision in ("float32", "float16", "bfloat16"):
-        decoder = NativeDecoder(made.decoder, precision)
-        state = decoder.start(encoder_out, None, 1)
-        logits.append(decoder.read(state, *read)[0].clone())
+        engine = NativeEngine(made, precision)
+        logits.append(engine.run(engine.start(sample([source(range(4))])["net_input"]), step)[0].clone())
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])
-
-
-@needs_kernels
-@pytest.mark.parametrize("unk_penalty", [0.0, 2.5])
-def test_judgements_are_what_the_logits_say(unk_penalty):
-    """Best tokens and log-probabilities, with what a position forbids; ragged rows."""
-    made = model(3)
-    decoder = NativeDecoder(made.decoder)
-    words = symbols()
-    constraints = Constraints(words.pad(), words.unk(), words.eos(), max_len=20, min_len=2, unk_penalty=unk_penalty)
-    tokens = [[words.eos(), *source(range(count))[:-1]] for count in (4, 0, 9)]
-    encoder_out = torch.randn(5, 3, made.encoder.layers[0].embed_dim)
-
-    def reader():
-        return ModelReader(decoder, decoder.start(encoder_out, None, 3))
-
-    logits, normalizers = (part.clone() for part in reader().read(tokens, range(3), last_only=False))
-    places = [(row, position) for row, text in enumerate(tokens) for position in range(len(text))]
-    constraints.apply(logits.numpy(), normalizers.numpy(), places, tokens, [0] * 3)
-    lprobs = logits - normalizers[:, None]
-    judged = [judgement for row in reader().judge(tokens, range(3), constraints) for judgement in row]
-    assert [best for best, _, _ in judged] == lprobs.argmax(1).tolist()
-    assert_close(torch.tensor([lprob for _, lprob, _ in judged]), lprobs.amax(1))
-    for (row, position), lprob, (_, _, standing) in zip(places, lprobs, judged, strict=True):
-        if position + 1 < len(tokens[row]):
-            assert standing == pytest.approx(lprob[tokens[row][position + 1]].item(), abs=1e-6)
 
 
 def test_a_rounded_copy_leaves_the_model_alone():
@@ -224,3 +363,198 @@ def test_a_rounded_copy_leaves_the_model_alone():
     assert not torch.equal(projected, made.decoder.output_projection.weight)
     assert rounded_copy(made, "float32") is made
     assert len(symbols()) == projected.size(0)
+
+
+# ---- Draft and verify in one call ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def early_exit_engine(precision="float32"):
+    made = model(4, arch="early_exit_transformer", exit_layers="1", decoder_layers=3, **PRE_NORM)
+    return NativeEngine(made, precision)
+
+
+ROWS = 3
+ANY_CONSTRAINTS = st.builds(
+    Constraints,
+    pad=st.just(symbols().pad()),
+    unk=st.just(symbols().unk()),
+    eos=st.just(symbols().eos()),
+    max_len=st.sampled_from([0, 1, 4, 9, 40]),
+    min_len=st.sampled_from([0, 1, 4, 12]),
+    unk_penalty=st.sampled_from([0.0, 2.5, -3.0]),
+    prefix_lengths=st.sampled_from([(), (0, 2, 30)]),
+    no_repeat_ngram_size=st.sampled_from([0, 0, 0, 2]),
+)
+TEXTS = st.lists(st.lists(st.integers(4, 23), max_size=12), min_size=ROWS, max_size=ROWS)
+
+
+def state_of(engine):
+    return engine.start(sample([source(range(6)), source([2]), source(range(11))])["net_input"])
+
+
+def equal(got, wanted):
+    """Predictions or verdicts: equal tokens, log-probabilities up to rounding, where the one is finite if the other is.
+
+    A verdict's log-probability of a drafted token is of no use where none is drafted.
+    """
+    assert [[one.token for one in row] for row in got] == [[one.token for one in row] for row in wanted]
+    for row, wanted_row in zip(got, wanted, strict=True):
+        assert [one.lprob for one in row] == pytest.approx([one.lprob for one in wanted_row], abs=1e-5)
+    return True
+
+
+@needs_kernels
+@torch.no_grad()
+@settings(max_examples=60)
+@given(ANY_CONSTRAINTS, TEXTS, st.sampled_from([1, 2, 7, math.inf]), st.sampled_from([0.0, 0.3, 0.6]), st.data())
+def test_one_call_does_what_the_general_reader_does(constraints, texts, limit, threshold, data):
+    """Drafts, verdicts and what has been read, from any position, at and beyond the limits of length."""
+    engine, rows = early_exit_engine(), data.draw(st.permutations(range(ROWS)))[: data.draw(st.integers(1, ROWS))]
+    tokens = [[symbols().eos(), *text] for text in texts]
+    for layers, keep in (((0, 1), True), ((0, engine.depth), False)):
+        readers = [
+            make(engine, state_of(engine), layers, constraints, keep=keep)
+            for make in (EngineReader, lambda *args, **more: args[0].reader(*args[1:], **more))
+        ]
+        general, native = readers
+        equal(native.draft(tokens, rows, limit, threshold), general.draft(tokens, rows, limit, threshold))
+        assert list(native.consumed) == list(general.consumed) or constraints.depend_on_text
+        for reader in readers:
+            for row in range(ROWS):
+                reader.rollback(row, len(tokens[row]) // 2)
+        verdicts, wanted = native.verify(tokens, rows), general.verify(tokens, rows)
+        equal(verdicts, wanted)
+        for got_row, wanted_row in zip(verdicts, wanted, strict=True):
+            drafted = [one.drafted_lprob for one in got_row[:-1]]
+            assert drafted == pytest.approx([one.drafted_lprob for one in wanted_row[:-1]], abs=1e-5)
+        assert list(native.consumed) == list(general.consumed)
+
+
+@needs_kernels
+@torch.no_grad()
+@settings(max_examples=20)
+@given(ANY_CONSTRAINTS, TEXTS)
+def test_layers_above_an_exit_read_what_it_has_left(constraints, texts):
+    """Verdicts of the upper layers, from hidden states, are those of the whole decoder."""
+    engine = early_exit_engine()
+    tokens = [[symbols().eos(), *text] for text in texts]
+    state = state_of(engine)
+    below = engine.reader(state, (0, 1), constraints, keep=True)
+    above = engine.reader(state, (1, engine.depth), constraints, below=below)
+    whole = engine.reader(state_of(engine), (0, engine.depth), constraints)
+    below.draft([text[: 1 + len(text) // 2] for text in tokens], [0, 1, 2], 3, 0.0)
+    for row in range(ROWS):
+        below.rollback(row, 1 + len(tokens[row]) // 2)
+    equal(above.verify(tokens, [0, 1, 2]), whole.verify(tokens, [0, 1, 2]))
+
+
+@needs_kernels
+@torch.no_grad()
+def test_logits_that_are_not_numbers_end_a_draft_and_stay_in_their_row():
+    made = model(3)
+    made.encoder.embed_tokens.weight[source([7])[0]] = math.nan
+    engine = NativeEngine(made)
+    constraints = Constraints(symbols().pad(), symbols().unk(), symbols().eos(), max_len=9, min_len=9)
+    state = engine.start(sample([source([1]), source([7, 2])])["net_input"])
+    reader = engine.reader(state, (0, engine.depth), constraints)
+    fine, broken = reader.draft([[2], [2]], [0, 1], math.inf, 0.0)
+    assert len(fine) == 10 and fine[-1].token == symbols().eos()
+    assert len(broken) == 1 and math.isnan(broken[0].lprob)
+
+
+# ---- Threads ---------------------------------------------------------------------------------------------------------
+
+
+@needs_kernels
+def test_fewer_threads_than_wanted():
+    """OpenMP may give fewer, as with a limit of 1 here; nothing is left out then."""
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "more_threads_than_cores"]
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@needs_kernels
+@torch.no_grad()
+def test_more_threads_than_cores():
+    """Some of them sleep at barriers; what comes out is what one thread computes, to the last bit."""
+    encoder = NativeEncoder(model(3, **PRE_NORM).encoder)
+    net_input = sample([source(range(6)), source([2]), source(range(11))])["net_input"]
+    wanted, _ = encoder(net_input)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2 * (os.cpu_count() or 1) + 1)
+    try:
+        for _ in range(20):
+            assert torch.equal(encoder(net_input)[0], wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+def decoded(large, small, sources, max_len):
+    """What BiLD makes of a batch, to the last bit; an exit drafts where there is no small model."""
+    constraints = Constraints(symbols().pad(), symbols().unk(), symbols().eos(), max_len, min_len=max_len // 2)
+    net_input = sample(sources)["net_input"]
+    if small is None:
+        state = large.start(net_input)
+        drafting = large.reader(state, (0, 1), constraints, keep=True)
+        verifying = large.reader(state, (1, large.depth), constraints, below=drafting)
+    else:
+        verifying, drafting = (one.reader(one.start(net_input), (0, one.depth), constraints) for one in (large, small))
+    made = decode(verifying, drafting, symbols().eos(), [[]] * len(sources), Policy(0.3, 2.0), symbols().eos())
+    return [(sentence.tokens, sentence.scores) for sentence in made]
+
+
+@needs_kernels
+@torch.no_grad()
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_threads_share_engines(precision):
+    """Eight threads with batches of all sizes, which outgrow what was reserved, equal one after another."""
+    rng = random.Random(3)
+    large = model(1, **PRE_NORM, max_target_positions=1000)
+    engines = NativeEngine(large, precision), NativeEngine(related(large, 0.1, 2), precision)
+    cases = [
+        (
+            *(engines if number % 3 else (early_exit_engine(precision), None)),
+            [source(rng.choices(range(20), k=rng.randint(0, 9))) for _ in range(rng.randint(1, 6))],
+            rng.choice([5, 30, 300]) if number % 3 else 40,
+        )
+        for number in range(24)
+    ]
+    wanted = [decoded(*case) for case in cases]
+
+    def in_thread(case):
+        with torch.no_grad():
+            return decoded(*case)
+
+    engines = NativeEngine(large, precision), NativeEngine(related(large, 0.1, 2), precision)  # with nothing reserved
+    cases = [(*engines, *case[2:]) if case[1] is not None else case for case in cases]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(in_thread, cases)) == wanted
+
+
+@needs_kernels
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler whose sanitizers are known here")
+def test_sanitizers_find_nothing(tmp_path):
+    """Every kind of decoding, precision and instruction set again, with addresses and undefined behaviour checked."""
+    libraries = [Path(gcc_file(f"lib{name}.so")) for name in ("asan", "ubsan")]
+    if not all(path.is_absolute() for path in libraries):
+        pytest.skip("the compiler's sanitizers are not installed")
+    sanitize = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+    environment = {
+        **os.environ,
+        "CC": compiler(tmp_path, f'exec gcc "$@" {sanitize}'),
+        "XDG_CACHE_HOME": str(tmp_path),
+        "LD_PRELOAD": " ".join(map(str, libraries)),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+    }
+    wanted = "share_engines or general_reader or above_an_exit or more_threads or test_encoder or not_numbers"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", wanted]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "passed" in result.stdout
+
+
+def gcc_file(name):
+    """Where the compiler's own library is; the bare name if it is nowhere."""
+    return subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()

@@ -77,7 +77,7 @@ class Verification(ctypes.Structure):
     _fields_ = [("constraints", Constraints), *_fields("", "drafted best best_lprobs drafted_lprobs")]
 
 
-_ALL = (Linear, Norm, Layer, Stack, Head, State, Pass, Constraints, Draft, Verification)
+MIRRORED = (Linear, Norm, Layer, Stack, Head, State, Pass, Constraints, Draft, Verification)
 
 
 def check_sizes(library: ctypes.CDLL) -> None:
@@ -86,7 +86,7 @@ def check_sizes(library: ctypes.CDLL) -> None:
     Raises:
         BildError: one has another size.
     """
-    for struct in _ALL:
+    for struct in MIRRORED:
         size = library.bild_size(struct.__name__.encode())
         if size != ctypes.sizeof(struct):
             raise BildError(
