@@ -31,10 +31,10 @@ def allow_fairseq_globals() -> None:
 
 
 def explaining_reading(load: Callable[..., dict]) -> Callable[..., dict]:
-    """Wraps fairseq's ``load_checkpoint_to_cpu`` so that it raises BildError, naming the file."""
+    """Wraps a function that reads a checkpoint, fairseq's for one, so that it raises BildError, naming the file."""
 
     @functools.wraps(load)
-    def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> dict:
+    def load_or_explain(path: str, *args: Any, **kwargs: Any) -> dict:
         reason = unreadable(path)
         if reason:
             raise BildError(f"{path}: {reason}")
@@ -45,7 +45,19 @@ def explaining_reading(load: Callable[..., dict]) -> Callable[..., dict]:
         except Exception as error:  # whatever a damaged file makes torch and fairseq do
             raise BildError(f"{path}: {reading_error(error)}") from error
 
-    return load_checkpoint_to_cpu
+    return load_or_explain
+
+
+@explaining_reading
+def read(path: str | os.PathLike) -> dict[str, Any]:
+    """A checkpoint with a model, as it was saved, on the CPU; fairseq changes what it reads.
+
+    Raises:
+        BildError: it cannot be read, or is none; one line that names it.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    check_content(state)
+    return state
 
 
 def completing(upgrade: Callable[[dict], dict]) -> Callable[[dict], dict]:
@@ -53,11 +65,6 @@ def completing(upgrade: Callable[[dict], dict]) -> Callable[[dict], dict]:
 
     @functools.wraps(upgrade)
     def upgrade_state_dict(state: dict) -> dict:
-        weights = state.get("model")
-        if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
-            raise BildError("it holds no model (an entry model with named weights)")
-        if state.get("args") is None and state.get("cfg") is None:
-            raise BildError("it holds no options of its model (an entry cfg or args)")
         if not state.get("optimizer_history") and "best_loss" not in state:
             state["optimizer_history"] = [{"optimizer_name": None, "lr_scheduler_state": {}, "num_updates": 0}]
             state.setdefault("last_optimizer_state", None)
@@ -87,7 +94,7 @@ def explaining_building(load: Callable[..., tuple]) -> Callable[..., tuple]:
                 state = checkpoint_utils.load_checkpoint_to_cpu(file_of(filename, suffix), arg_overrides)
             try:
                 if state is not None:
-                    _check_declared(state)
+                    check_content(state)
                 member, config, task = load([filename], arg_overrides, task, strict, suffix, num_shards, state)
             except BildError as error:
                 raise BildError(f"{filename}: {str(error).removeprefix(f'{filename}: ')}") from error
@@ -105,18 +112,20 @@ def file_of(path: str, suffix: str = "", shard: int = 0, shards: int = 1) -> str
     return checkpoint_utils.get_maybe_sharded_checkpoint_filename(path, suffix, shard, shards)
 
 
-def _check_declared(state: dict) -> None:
-    """Refuses options that ask for another model than the weights are of, before it is built.
+def check_content(state: Any) -> None:
+    """Refuses what is no model with its options, and options that ask for a far larger model than the weights are of.
 
     A size without bounds would be allocated, and a number of layers without bounds built, before it is noticed.
     """
+    weights = state.get("model") if isinstance(state, Mapping) else None
+    if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise BildError("it holds no model (an entry model with named weights)")
     options = _model_options(state)
     known = {*models.MODEL_REGISTRY, *models.ARCH_MODEL_REGISTRY}
     name = options.get("_name") or options.get("arch")
     if name not in known:
         raise BildError(f"its architecture, {name}, is not known here; is it defined by a package for --user-dir?")
-    weights = state["model"].values()
-    columns = max((weight.size(-1) for weight in weights if weight.dim()), default=1)
+    columns = max((weight.size(-1) for weight in weights.values() if weight.dim()), default=1)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for option, value in options.items():
         if type(value) is not int or value <= 0:
@@ -128,13 +137,13 @@ def _check_declared(state: dict) -> None:
 
 
 def _model_options(state: dict) -> dict[str, Any]:
-    if state.get("args") is not None:
+    if isinstance(state.get("args"), argparse.Namespace):
         return vars(state["args"])
-    try:
-        options = state["cfg"]["model"]
-    except Exception as error:  # of a dictionary or of omegaconf
-        raise BildError("it holds no options of its model (an entry model in cfg)") from error
-    return vars(options) if isinstance(options, argparse.Namespace) else dict(options or {})
+    config = state.get("cfg")
+    options = config.get("model") if isinstance(config, Mapping) else None
+    if options is None:
+        raise BildError("it holds no options of its model (an entry args, or model in an entry cfg)")
+    return vars(options) if isinstance(options, argparse.Namespace) else dict(options)
 
 
 def load_large(
@@ -184,9 +193,12 @@ def load_small(
 
 
 def _load(path: str, task: FairseqTask, overrides: dict[str, Any] | None) -> nn.Module:
-    file = file_of(path)
-    state = checkpoint_utils.load_checkpoint_to_cpu(file, overrides)
-    _check_fits(file, state, task)
+    state = checkpoint_utils.load_checkpoint_to_cpu(file_of(path), overrides)
+    try:
+        check_content(state)
+        _check_fits(path, state, task)
+    except BildError as error:
+        raise BildError(f"{path}: {error}") from error
     (model,), _ = checkpoint_utils.load_model_ensemble([path], arg_overrides=overrides, task=task, state=state)
     return model
 
@@ -195,15 +207,15 @@ def _check_fits(path: str, state: dict, task: FairseqTask) -> None:
     """Refuses a model of another kind, other languages or other dictionaries than the task's."""
     for part in ("encoder", "decoder"):
         if not any(re.match(rf"(models\.[^.]+\.)?{part}\.", name) for name in state["model"]):
-            raise BildError(f"{path}: has no {part}, so it is not an encoder-decoder Transformer")
+            raise BildError(f"it has no {part}, so it is not an encoder-decoder Transformer")
     for side, dictionary in (("source", task.source_dictionary), ("target", task.target_dictionary)):
         language = _option(task.cfg or getattr(task, "args", None), f"{side}_lang")
         trained_on = _option(_task_options(state), f"{side}_lang")
         if language and trained_on and language != trained_on:
-            raise BildError(f"{path}: its {side} language is {trained_on}, this data's is {language}")
+            raise BildError(f"its {side} language is {trained_on}, this data's is {language}")
         beside = Path(path).parent / f"dict.{language}.txt"
         if beside.is_file() and not _begins_with(dictionary, Dictionary.load(str(beside))):
-            raise BildError(f"{path}: the dictionary beside it, {beside.name}, is not this data's")
+            raise BildError(f"the dictionary beside it, {beside.name}, is not this data's")
 
 
 def _begins_with(dictionary: Dictionary, beginning: Dictionary) -> bool:

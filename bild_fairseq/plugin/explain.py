@@ -11,7 +11,6 @@ _MISMATCH = re.compile(
     r"size mismatch for (\S+): copying a param with shape torch.Size\(\[([\d, ]*)\]\) from checkpoint, "
     r"the shape in current model is torch.Size\(\[([\d, ]*)\]\)"
 )
-_TOO_LARGE = "it needs more memory than there is"
 
 
 def reading_error(error: Exception) -> str:
@@ -21,30 +20,30 @@ def reading_error(error: Exception) -> str:
     refused = re.search(r"GLOBAL (\S+)", text)
     if refused:
         return f"it holds {refused[1]}, not only data, and could run code; it is not opened"
-    if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
-        return _TOO_LARGE
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         return f"it cannot be read: {error.strerror}"
     if type(error).__module__.startswith("omegaconf"):
         return f"its options and the ones that override them cannot be read: {_first_line(error)}"
-    return "it is damaged, or no checkpoint at all"
+    return _memory_or_option(error) or "it is damaged, or no checkpoint at all"
 
 
 def building_error(error: Exception) -> str:
     """Why no model can be made of a checkpoint that has been read."""
-    text = str(error)
-    if "loading state_dict" in text:
-        return _misfit(text)
-    if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
-        return _TOO_LARGE
+    if "loading state_dict" in str(error):
+        return _misfit(str(error))
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    missing = re.search(r"has no attribute '(\w+)'|Key '(\w+)' is not in struct|Missing key (\w+)", text)
-    if missing:
-        return f"its options lack {next(filter(None, missing.groups()))}"
     if isinstance(error, KeyError):
         return f"its options name {_first_line(error)}, which is not known"
-    return f"no model can be built from it: {_first_line(error)}"
+    return _memory_or_option(error) or f"its options make no model: {_first_line(error)}"
+
+
+def _memory_or_option(error: Exception) -> str | None:
+    text = str(error)
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
+        return "it needs more memory than there is"
+    missing = re.search(r"has no attribute '(\w+)'|Key '(\w+)' is not in struct|Missing key (\w+)", text)
+    return f"its options lack {next(filter(None, missing.groups()))}" if missing else None
 
 
 def _misfit(text: str) -> str:
@@ -68,7 +67,9 @@ def _misfit(text: str) -> str:
     if mismatches:
         name, have, want = mismatches[0]
         found.append(f"{name} is {_shape(have)}, not {_shape(want)}{_and_more(mismatches)}")
-    return "its weights are not those of the model that its options describe: " + ("; ".join(found) or "see above")
+    return "its weights are not those of the model that its options describe: " + (
+        "; ".join(found) or text.splitlines()[-1].strip()[:200]
+    )
 
 
 def _shape(sizes: str) -> str:
