@@ -1,35 +1,25 @@
-"""Loading checkpoints: safely, and only small models that fit the large one and the data."""
+"""Loading checkpoints: safely, only models that fit the data, and with one line where it cannot be done."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import pickle
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, models
 from fairseq.data import Dictionary
 from fairseq.tasks import FairseqTask
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import BildError
-
-# What torch.load reports of a file that is no checkpoint, is cut off, or holds what is not allowed.
-_LOAD_ERRORS = (
-    OSError,
-    RuntimeError,
-    pickle.UnpicklingError,
-    EOFError,
-    KeyError,
-    ValueError,
-    AttributeError,
-    TypeError,
-)
+from .arrays import stand_ins
+from .explain import building_error, reading_error
+from .files import unreadable
 
 
 def allow_fairseq_globals() -> None:
@@ -37,113 +27,208 @@ def allow_fairseq_globals() -> None:
 
     From torch 2.6 on ``torch.load`` refuses every class that is not allowed by name. These hold data only.
     """
-    scalar = np.float64(0).__reduce__()[0]
-    # NumPy 2 moved it; checkpoints name the place that their NumPy had.
-    scalars = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
-    torch.serialization.add_safe_globals([argparse.Namespace, np.dtype, *scalars, *dtypes])
+    torch.serialization.add_safe_globals([argparse.Namespace, *stand_ins()])
 
 
-def with_readable_errors(load: Callable[..., dict]) -> Callable[..., dict]:
-    """Wraps fairseq's ``load_checkpoint_to_cpu`` so that it raises BildError, naming the file."""
+def explaining_reading(load: Callable[..., dict]) -> Callable[..., dict]:
+    """Wraps a function that reads a checkpoint, fairseq's for one, so that it raises BildError, naming the file."""
 
     @functools.wraps(load)
     def load_or_explain(path: str, *args: Any, **kwargs: Any) -> dict:
+        reason = unreadable(path)
+        if reason:
+            raise BildError(f"{path}: {reason}")
         try:
             return load(path, *args, **kwargs)
-        except _LOAD_ERRORS as error:
-            raise BildError(f"{path}: cannot load this checkpoint: {_explain(error)}") from error
+        except BildError as error:
+            raise BildError(f"{path}: {error}") from error
+        except Exception as error:  # whatever a damaged file makes torch and fairseq do
+            raise BildError(f"{path}: {reading_error(error)}") from error
 
     return load_or_explain
 
 
-def _explain(error: Exception) -> str:
-    refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if refused:
-        return f"it holds {refused[1]}, not only data, and could run code; it is not opened"
-    if isinstance(error, pickle.UnpicklingError):
-        # torch's own words advise to load it unsafely.
-        return "it is damaged, or no checkpoint at all"
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+@explaining_reading
+def read(path: str | os.PathLike) -> dict[str, Any]:
+    """A checkpoint with a model, as it was saved, on the CPU; fairseq changes what it reads.
+
+    Raises:
+        BildError: it cannot be read, or is none; one line that names it.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    check_content(state)
+    return state
 
 
-def load_large(paths: Sequence[str], task: FairseqTask, cuda: bool = False, fp16: bool = False) -> list[nn.Module]:
+def completing(upgrade: Callable[[dict], dict]) -> Callable[[dict], dict]:
+    """Wraps fairseq's upgrade of old checkpoints, so that one with only the model and its options loads."""
+
+    @functools.wraps(upgrade)
+    def upgrade_state_dict(state: dict) -> dict:
+        if not state.get("optimizer_history") and "best_loss" not in state:
+            state["optimizer_history"] = [{"optimizer_name": None, "lr_scheduler_state": {}, "num_updates": 0}]
+            state.setdefault("last_optimizer_state", None)
+        if "epoch" not in state:
+            state.setdefault("extra_state", {})
+        return upgrade(state)
+
+    return upgrade_state_dict
+
+
+def explaining_building(load: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Wraps fairseq's ``load_model_ensemble_and_task`` so that it raises BildError, naming the file."""
+
+    @functools.wraps(load)
+    def load_model_ensemble_and_task(
+        filenames: Sequence[str],
+        arg_overrides: dict[str, Any] | None = None,
+        task: FairseqTask | None = None,
+        strict: bool = True,
+        suffix: str = "",
+        num_shards: int = 1,
+        state: dict | None = None,
+    ) -> tuple:
+        members, config = [], None
+        for filename in filenames:
+            if state is None and num_shards == 1:
+                state = checkpoint_utils.load_checkpoint_to_cpu(file_of(filename, suffix), arg_overrides)
+            try:
+                if state is not None:
+                    check_content(state)
+                member, config, task = load([filename], arg_overrides, task, strict, suffix, num_shards, state)
+            except BildError as error:
+                raise BildError(f"{filename}: {str(error).removeprefix(f'{filename}: ')}") from error
+            except Exception as error:  # fairseq and the models in it raise all kinds
+                raise BildError(f"{filename}: {building_error(error)}") from error
+            members += member
+            state = None
+        return members, config, task
+
+    return load_model_ensemble_and_task
+
+
+def file_of(path: str, suffix: str = "", shard: int = 0, shards: int = 1) -> str:
+    """The file that fairseq reads for a path: it may have a suffix, or be a shard of a model."""
+    return checkpoint_utils.get_maybe_sharded_checkpoint_filename(path, suffix, shard, shards)
+
+
+def check_content(state: Any) -> None:
+    """Refuses what is no model with its options, and options that ask for a far larger model than the weights are of.
+
+    A size without bounds would be allocated, and a number of layers without bounds built, before it is noticed.
+    """
+    weights = state.get("model") if isinstance(state, Mapping) else None
+    if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise BildError("it holds no model (an entry model with named weights)")
+    options = _model_options(state)
+    known = {*models.MODEL_REGISTRY, *models.ARCH_MODEL_REGISTRY}
+    name = options.get("_name") or options.get("arch")
+    if name not in known:
+        raise BildError(f"its architecture, {name}, is not known here; is it defined by a package for --user-dir?")
+    columns = max((weight.size(-1) for weight in weights.values() if weight.dim()), default=1)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for option, value in options.items():
+        if type(value) is not int or value <= 0:
+            continue
+        layers = option.endswith("_layers") and value > max(len(weights), 1000)
+        rows = option.endswith(("_dim", "_positions")) and 4 * value * columns > memory
+        if layers or rows:
+            raise BildError(f"its options declare {option} {value}, which its weights do not have")
+
+
+def _model_options(state: dict) -> dict[str, Any]:
+    if isinstance(state.get("args"), argparse.Namespace):
+        return vars(state["args"])
+    config = state.get("cfg")
+    options = config.get("model") if isinstance(config, Mapping) else None
+    if options is None:
+        raise BildError("it holds no options of its model (an entry args, or model in an entry cfg)")
+    return vars(options) if isinstance(options, argparse.Namespace) else dict(options)
+
+
+def load_large(
+    paths: Sequence[str],
+    task: FairseqTask,
+    overrides: dict[str, Any] | None = None,
+    cuda: bool = False,
+    fp16: bool = False,
+) -> list[nn.Module]:
     """Loads the large model, or the members of an ensemble, ready to decode.
 
     Args:
         paths: checkpoint files.
-        task: the task that they run in.
+        task: the task that they run in; its dictionaries and languages must fit.
+        overrides: model options that replace the checkpoint's, as ``--model-overrides``.
         cuda: on the GPU.
         fp16: in half precision.
 
     Raises:
-        BildError: a file cannot be loaded; one line that names it.
+        BildError: a file cannot be loaded, or holds a model that does not fit; one line that names it.
     """
-    models, _ = checkpoint_utils.load_model_ensemble(paths, task=task)
-    for model in models:
+    loaded = [_load(path, task, overrides) for path in paths]
+    for model in loaded:
         model.eval()
         if fp16:
             model.half()
         if cuda:
             model.cuda()
-    return models
+    return loaded
 
 
-def load_small(paths: Sequence[str], task: FairseqTask, like: nn.Module) -> list[nn.Module]:
+def load_small(
+    paths: Sequence[str], task: FairseqTask, like: nn.Module, overrides: dict[str, Any] | None = None
+) -> list[nn.Module]:
     """Loads the small model, or the members of an ensemble, ready to decode next to the large model.
 
     Args:
-        paths: checkpoint files.
-        task: the task that the large model runs in; its dictionaries and languages must fit.
+        paths, task, overrides: as for :func:`load_large`.
         like: the large model; the small one goes to its device and precision.
 
     Raises:
-        BildError: a file cannot be loaded, or holds a model that does not fit; one line that names it.
+        BildError: as of :func:`load_large`.
     """
     parameter = next(like.parameters())
-    models = []
-    for path in paths:
-        state = with_readable_errors(checkpoint_utils.load_checkpoint_to_cpu)(path)
+    loaded = [_load(path, task, overrides) for path in paths]
+    return [model.to(device=parameter.device, dtype=parameter.dtype).eval() for model in loaded]
+
+
+def _load(path: str, task: FairseqTask, overrides: dict[str, Any] | None) -> nn.Module:
+    state = checkpoint_utils.load_checkpoint_to_cpu(file_of(path), overrides)
+    try:
+        check_content(state)
         _check_fits(path, state, task)
-        try:
-            members, _ = checkpoint_utils.load_model_ensemble([path], task=task, state=state)
-        except _LOAD_ERRORS as error:
-            raise BildError(f"{path}: cannot build the small model: {_explain(error)}") from error
-        models += members
-    return [model.to(device=parameter.device, dtype=parameter.dtype).eval() for model in models]
+    except BildError as error:
+        raise BildError(f"{path}: {error}") from error
+    (model,), _ = checkpoint_utils.load_model_ensemble([path], arg_overrides=overrides, task=task, state=state)
+    return model
 
 
 def _check_fits(path: str, state: dict, task: FairseqTask) -> None:
-    weights = state.get("model") or {}
-    sides = (
-        ("source", "encoder", task.source_dictionary),
-        ("target", "decoder", task.target_dictionary),
-    )
-    for side, part, dictionary in sides:
-        embedding = weights.get(f"{part}.embed_tokens.weight")
-        if embedding is None:
-            raise BildError(f"{path}: has no {part}, so it is not an encoder-decoder Transformer")
-        if embedding.size(0) != len(dictionary):
-            raise BildError(
-                f"{path}: was trained with another {side} dictionary ({embedding.size(0)} symbols, this data "
-                f"has {len(dictionary)}); train it with --srcdict and --tgtdict of the large model"
-            )
-    for side, language, dictionary in (
-        ("source", getattr(task.cfg, "source_lang", None), task.source_dictionary),
-        ("target", getattr(task.cfg, "target_lang", None), task.target_dictionary),
-    ):
-        trained_on = getattr(_task_config(state), f"{side}_lang", None)
+    """Refuses a model of another kind, other languages or other dictionaries than the task's."""
+    for part in ("encoder", "decoder"):
+        if not any(re.match(rf"(models\.[^.]+\.)?{part}\.", name) for name in state["model"]):
+            raise BildError(f"it has no {part}, so it is not an encoder-decoder Transformer")
+    for side, dictionary in (("source", task.source_dictionary), ("target", task.target_dictionary)):
+        language = _option(task.cfg or getattr(task, "args", None), f"{side}_lang")
+        trained_on = _option(_task_options(state), f"{side}_lang")
         if language and trained_on and language != trained_on:
-            raise BildError(f"{path}: its {side} language is {trained_on}, this data's is {language}")
+            raise BildError(f"its {side} language is {trained_on}, this data's is {language}")
         beside = Path(path).parent / f"dict.{language}.txt"
-        if beside.is_file() and Dictionary.load(str(beside)) != dictionary:
-            raise BildError(f"{path}: the dictionary beside it, {beside.name}, is not this data's")
+        if beside.is_file() and not _begins_with(dictionary, Dictionary.load(str(beside))):
+            raise BildError(f"the dictionary beside it, {beside.name}, is not this data's")
 
 
-def _task_config(state: dict) -> Any:
-    config = state.get("cfg")
-    return state.get("args") if config is None else config.get("task")
+def _begins_with(dictionary: Dictionary, beginning: Dictionary) -> bool:
+    """Whether a dictionary is another one, or one to whose end a task has added symbols."""
+    return dictionary.symbols[: len(beginning)] == beginning.symbols
+
+
+def _task_options(state: dict) -> Any:
+    return state["args"] if state.get("args") is not None else state["cfg"].get("task")
+
+
+def _option(options: Any, name: str) -> Any:
+    return options.get(name) if isinstance(options, Mapping) else getattr(options, name, None)
 
 
 def check_positions(small: Sequence[nn.Module], source_limit: int) -> None:

@@ -1,5 +1,6 @@
 """The command-line flags, one dataclass, and what is checked about them before any work starts."""
 
+import ast
 import dataclasses
 import math
 import os
@@ -7,12 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
+from fairseq import utils
 from fairseq.dataclass import ChoiceEnum
 from fairseq.dataclass.configs import GenerationConfig
 
 from ..decoding.policies import Policy
 from ..engines.precision import PRECISIONS
 from ..errors import BildError
+from .checkpoints import file_of
+from .files import unreadable
 
 
 @dataclass
@@ -29,6 +33,13 @@ class BildGenerationConfig(GenerationConfig):
     bild_small_path: Optional[str] = field(
         default=None,
         metadata={"help": "small model's checkpoint, or several joined by ':' for an ensemble (default: none)"},
+    )
+    bild_small_overrides: str = field(
+        default="{}",
+        metadata={
+            "help": "options of the small model that replace those in its checkpoint, as --model-overrides does for "
+            "the large one: a Python dictionary (default: {})"
+        },
     )
     bild_exit_layer: Optional[int] = field(
         default=None,
@@ -146,7 +157,27 @@ def policy(args: Any) -> Policy:
 def small_paths(args: Any) -> list[str]:
     """The small model's checkpoint files."""
     joined = option(args, "bild_small_path")
-    return joined.split(os.pathsep) if joined else []
+    return utils.split_paths(joined) if joined else []
+
+
+def small_overrides(args: Any) -> dict[str, Any]:
+    """The options that replace those in the small model's checkpoint."""
+    return check_overrides("--bild-small-overrides", option(args, "bild_small_overrides"))
+
+
+def check_overrides(flag: str, text: str) -> dict[str, Any]:
+    """Reads a dictionary of options.
+
+    Raises:
+        BildError: it is none.
+    """
+    try:
+        overrides = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        overrides = None
+    if not isinstance(overrides, dict) or not all(isinstance(name, str) for name in overrides):
+        raise BildError(f"{flag} {text}: write a Python dictionary, \"{{'dropout': 0.1}}\" for instance")
+    return overrides
 
 
 def check(args: Any) -> None:
@@ -164,8 +195,10 @@ def check(args: Any) -> None:
             raise BildError(f"{flag(name)} is not supported by --generator {generator}; leave it out")
     _check_ranges(args)
     for path in small_paths(args):
-        if not Path(path).is_file():
-            raise BildError(f"--bild-small-path {path}: no such file")
+        reason = unreadable(file_of(path))
+        if reason:
+            raise BildError(f"--bild-small-path {path}: {reason}")
+    small_overrides(args)
     stats = option(args, "bild_stats")
     if stats is not None and (Path(stats).is_dir() or not os.access(Path(stats).resolve().parent, os.W_OK)):
         raise BildError(f"--bild-stats {stats}: cannot write there; name a file in a folder that exists")
@@ -188,6 +221,8 @@ def _check_use(args: Any, generator: str) -> None:
         raise BildError(
             "--bild-small-precision is that of the model in --bild-small-path; an exit has --bild-precision"
         )
+    if small_overrides(args) and not option(args, "bild_small_path"):
+        raise BildError("--bild-small-overrides is for the model in --bild-small-path; none is named")
     if option(args, "bild_small_path") and option(args, "bild_exit_layer") is not None:
         raise BildError("--bild-small-path and --bild-exit-layer both name a small model; give one of them")
 

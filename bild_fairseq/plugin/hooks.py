@@ -17,7 +17,6 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -31,8 +30,9 @@ from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
 from ..errors import BildError
-from .checkpoints import allow_fairseq_globals, with_readable_errors
-from .flags import BildGenerationConfig, check, option, policy
+from .checkpoints import allow_fairseq_globals, completing, explaining_building, explaining_reading, file_of
+from .files import unreadable
+from .flags import BildGenerationConfig, check, check_overrides, option, policy
 from .generator import BildGenerator, SearchOptions
 from .pair import Pair
 
@@ -44,10 +44,16 @@ def install() -> None:
     if options.GenerationConfig is BildGenerationConfig:
         return
     allow_fairseq_globals()
-    checkpoint_utils.load_checkpoint_to_cpu = with_readable_errors(checkpoint_utils.load_checkpoint_to_cpu)
+    _install_loading()
     _install_flags()
     _install_generators()
     sys.excepthook = _one_line_errors(sys.excepthook)
+
+
+def _install_loading() -> None:
+    checkpoint_utils.load_checkpoint_to_cpu = explaining_reading(checkpoint_utils.load_checkpoint_to_cpu)
+    checkpoint_utils._upgrade_state_dict = completing(checkpoint_utils._upgrade_state_dict)
+    checkpoint_utils.load_model_ensemble_and_task = explaining_building(checkpoint_utils.load_model_ensemble_and_task)
 
 
 def _install_flags() -> None:
@@ -75,6 +81,7 @@ def _checked_parse(parse: Callable[..., Any]) -> Callable[..., Any]:
             check(namespace)
             if namespace.generator != "beam":
                 _check_large_paths(namespace)
+                check_overrides("--model-overrides", namespace.model_overrides)
                 # fairseq 0.12.3 drops a last batch whose size is no multiple of this.
                 namespace.required_batch_size_multiple = 1
                 FairseqTask.build_generator = _reporting(FairseqTask.build_generator)
@@ -92,9 +99,13 @@ def _parser_error(parser: argparse.ArgumentParser, error: Callable[[str], Any], 
 def _check_large_paths(namespace: argparse.Namespace) -> None:
     if not namespace.path:
         raise BildError("--path is missing; name the large model's checkpoint")
+    shards = namespace.checkpoint_shard_count
     for path in utils.split_paths(namespace.path):
-        if not Path(path).is_file():
-            raise BildError(f"--path {path}: no such file")
+        for shard in range(shards):
+            file = file_of(path, namespace.checkpoint_suffix, shard, shards)
+            reason = unreadable(file)
+            if reason:
+                raise BildError(f"--path {file}: {reason}")
 
 
 def _reporting(build: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from fairseq import utils
 from fairseq.tasks import FairseqTask
 from torch import nn
 
@@ -32,7 +33,7 @@ from ..engines.readers import combined
 from ..errors import BildError
 from ..models.exits import EarlyExitTransformerDecoder
 from .checkpoints import check_positions, load_large, load_small
-from .flags import option, small_paths
+from .flags import option, small_overrides, small_paths
 
 
 @dataclass
@@ -107,7 +108,7 @@ class Pair:
         }
         paths = small_paths(args)
         if paths:
-            small = _load_drafting(paths, task, models)
+            small = _load_drafting(paths, task, models, small_overrides(args))
             return cls(models, small, small_path=os.pathsep.join(paths), **precision)
         alone = str(args.generator) == "greedy"
         return cls(models, exit_layer=_exit_of_args(models, args, alone), alone=alone, **precision)
@@ -141,15 +142,15 @@ class Pair:
         Raises:
             BildError: a checkpoint cannot be loaded or does not fit; one line that names it.
         """
-        large = load_large(large_path.split(os.pathsep), task, cuda=cuda, fp16=fp16)
+        large = load_large(utils.split_paths(large_path), task, cuda=cuda, fp16=fp16)
         if small_path is None and not alone and exit_layer is None:
             exit_layer = lowest_exit(large)
-        small = _load_drafting(small_path.split(os.pathsep), task, large) if small_path else ()
+        small = _load_drafting(utils.split_paths(small_path), task, large) if small_path else ()
         return cls(large, small, exit_layer, alone, precision, small_precision, large_path, small_path)
 
     def drafted_by(self, small_path: str, task: FairseqTask) -> Pair:
         """The same large model with another small one; see :meth:`load`."""
-        small = _load_drafting(small_path.split(os.pathsep), task, self.large)
+        small = _load_drafting(utils.split_paths(small_path), task, self.large)
         return dataclasses.replace(self, small=small, small_path=small_path, exit_layer=None, alone=False)
 
     def drafted_by_exit(self, exit_layer: int | None = None) -> Pair:
@@ -221,10 +222,15 @@ class Pair:
         return shlex.join(words)
 
 
-def _load_drafting(paths: Sequence[str], task: FairseqTask, large: Sequence[nn.Module]) -> list[nn.Module]:
+def _load_drafting(
+    paths: Sequence[str], task: FairseqTask, large: Sequence[nn.Module], overrides: dict[str, Any] | None = None
+) -> list[nn.Module]:
     """A small model that reads whatever the large one is given."""
-    small = load_small(paths, task, large[0])
-    check_positions(small, min(task.max_positions()[0], *(model.max_positions()[0] for model in large)))
+    small = load_small(paths, task, large[0], overrides)
+    limits = task.max_positions()
+    # Tasks of several languages have limits for each pair of them.
+    limit = max(pair[0] for pair in limits.values()) if isinstance(limits, dict) else limits[0]
+    check_positions(small, min(limit, *(model.encoder.max_positions() for model in large)))
     return small
 
 

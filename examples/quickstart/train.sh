@@ -66,7 +66,7 @@ fi
 
 # export_model NAME OUT EPOCHS: the mean of a run's last epochs.
 export_model() {
-    python "$here/export_checkpoint.py" "$work/$1" "$2" --last "$3"
+    python "$here/../common/export.py" "$work/$1" "$2" --average "$3"
 }
 
 train plain --arch transformer "${large[@]}" --criterion label_smoothed_cross_entropy \
