@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..errors import BildError
 from .base import Engine
 from .native import NativeEngine, missing_option
-from .supported import unsupported_decoder
+from .proof import prove
+from .supported import unsupported_model
 from .torch.engine import TorchEngine
 
 logger = logging.getLogger(__name__)
@@ -71,13 +72,14 @@ def _sum_of_bits(value: Tensor) -> int:
 
 
 def _make(model: nn.Module, precision: str, role: str) -> Engine:
-    if not hasattr(model, "encoder"):
-        raise BildError(f"the {role} model has no encoder, so it is not an encoder-decoder Transformer")
-    reason = unsupported_decoder(model.decoder)
+    reason = unsupported_model(model)
     if reason is not None:
         raise BildError(f"the {role} model cannot be decoded from a cache: {reason}")
     missing = missing_option(model.decoder)
     if missing is None:
-        return NativeEngine(model, precision)
-    logger.info("the %s decoder runs on PyTorch's operators: %s", role, missing)
-    return TorchEngine(model, precision)
+        engine: Engine = NativeEngine(model, precision)
+    else:
+        logger.info("the %s decoder runs on PyTorch's operators: %s", role, missing)
+        engine = TorchEngine(model, precision)
+    prove(engine, model, precision, role)
+    return engine
