@@ -2,9 +2,6 @@
 
 from .early_exit_bart import EarlyExitBARTModel
 from .early_exit_transformer import EarlyExitTransformerModel
-from .encoder_fast_path import switch_off_encoder_fast_path
 from .truncated import exit_model
 
 __all__ = ["EarlyExitBARTModel", "EarlyExitTransformerModel", "exit_model"]
-
-switch_off_encoder_fast_path()
