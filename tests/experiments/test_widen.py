@@ -185,6 +185,14 @@ def test_unknown_weights_are_refused_by_name():
         widen(state, 2)
 
 
+@pytest.mark.parametrize("options", [{"decoder_layers": 1}, {"encoder_layers": 2}, {"decoder_embed_dim": 24}])
+def test_options_of_other_weights_are_refused(options):
+    state = checkpoint()[1]
+    vars(state["args"]).update(options)
+    with pytest.raises(BildError, match=f"the weights of the {next(iter(options))[:7]}"):
+        widen(state, 2)
+
+
 def test_a_checkpoint_without_options_is_refused():
     with pytest.raises(BildError, match="options"):
         widen({"model": checkpoint()[1]["model"]}, 2)
