@@ -90,8 +90,10 @@ def widen_file(path: Path, out: Path, times: int, deepen: int = 1, half: bool = 
 
 
 def count_weights(weights: Mapping[str, Tensor]) -> int:
-    """How many numbers a model has; weights that lie in the same memory count once."""
-    return sum({weight.data_ptr(): weight.numel() for weight in weights.values()}.values())
+    """How many weights a model has; those that lie in the same memory count once."""
+    skipped = (_VERSION, _COMPUTED)
+    own = [weight for name, weight in weights.items() if not any(kind.fullmatch(name) for kind in skipped)]
+    return sum({weight.data_ptr(): weight.numel() for weight in own}.values())
 
 
 def widen(state: Mapping[str, Any], times: int, deepen: int = 1, half: bool = False) -> dict[str, Any]:
