@@ -27,9 +27,11 @@ import bild_fairseq
 USER_DIR = bild_fairseq.__path__[0]
 
 _SERVER = """
-import importlib, json, os, sys
+import gc, importlib, json, os, sys
 import fairseq.checkpoint_utils, fairseq.options, fairseq.sequence_generator, fairseq.trainer
 
+gc.collect()
+gc.freeze()  # a child does not search these modules for garbage when it ends, which would take a second
 for line in iter(sys.stdin.readline, ""):
     job = json.loads(line)
     child = os.fork()
@@ -261,6 +263,7 @@ def _train(programs: Programs, data: Path, folder: Path, updates: int, *options:
         *(part for name, value in size for side in ("encoder", "decoder") for part in (f"--{side}{name[1:]}", value)),
         *("--optimizer", "adam", "--lr", 0.005, "--batch-size", 32, "--dropout", 0, "--num-workers", 0),
         *("--max-update", updates, "--save-interval-updates", half, "--no-epoch-checkpoints"),
+        *("--save-interval", updates, "--validate-interval", updates),  # counted in epochs: only at the end
         *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1, "--log-format", "none"),
     )
     (halfway,) = folder.glob(f"checkpoint_*_{half}.pt")
