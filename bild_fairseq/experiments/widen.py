@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..errors import BildError
 from ..models import EarlyExitBARTModel, EarlyExitTransformerModel
-from ..plugin.checkpoints import allow_fairseq_globals, with_readable_errors
+from ..plugin.checkpoints import read
 from ..plugin.files import replacing
 
 # Parts of a model whose options Hydra's configurations may keep apart: "encoder_layers", or "encoder": {"layers": ...}.
@@ -72,11 +72,9 @@ def widen_file(path: Path, out: Path, times: int, deepen: int = 1, half: bool = 
     Raises:
         BildError: a file cannot be read or written, or the model cannot be widened.
     """
+    state = read(path)
     if out.exists() and out.samefile(path):
         raise BildError(f"{out}: is the checkpoint that is read; give another file to write")
-    allow_fairseq_globals()
-    load = with_readable_errors(torch.load)
-    state = load(str(path), map_location="cpu", weights_only=True)
     try:
         wide = widen(state, times, deepen, half)
     except BildError as error:

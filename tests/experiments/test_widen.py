@@ -268,8 +268,8 @@ def test_script(tmp_path, monkeypatch, capsys):
     [
         ("narrow.pt", "narrow.pt", "give another file"),
         ("narrow.pt", "missing/wide.pt", "missing/wide.pt: cannot write it"),
-        ("missing.pt", "wide.pt", "missing.pt: cannot load"),
-        ("text.pt", "wide.pt", "text.pt: cannot load"),
+        ("missing.pt", "wide.pt", "missing.pt: no such file"),
+        ("text.pt", "wide.pt", "text.pt: it is damaged"),
     ],
 )
 def test_files_that_cannot_be_used_are_named_in_one_line(tmp_path, monkeypatch, name, out, said):
