@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import shutil
 import subprocess
 import zipfile
 from argparse import Namespace
@@ -10,6 +11,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
+from cli_support import assert_same_hypotheses, save
 from fairseq import checkpoint_utils, tasks
 from fairseq.data import Dictionary
 from omegaconf import OmegaConf
@@ -434,3 +436,70 @@ def test_a_light_checkpoint_of_different_models(task, tmp_path):
     with pytest.raises(BildError, match=str(other)):
         write_light([one, other], tmp_path / "light.pt")
     assert not list(tmp_path.glob("light*"))
+
+
+def test_names_of_shards_and_suffixes(corpus, tmp_path):
+    """Found as stock fairseq finds them; the small model's may be a shard's as well."""
+    wanted = corpus.generate(*corpus.bild()).fields("H")
+    for name, model in (("large-shard0", corpus.large), ("large-best", corpus.large), ("small-shard0", corpus.small)):
+        shutil.copy(model, tmp_path / f"{name}.pt")
+    large, small = tmp_path / "large.pt", tmp_path / "small.pt"
+    sharded = corpus.generate(*corpus.bild("--path", large, "--bild-small-path", small))
+    assert sharded.fields("H") == wanted
+    (tmp_path / "large-shard0.pt").unlink()
+    suffixed = ["--path", large, "--checkpoint-suffix=-best"]
+    assert corpus.generate(*corpus.bild(*suffixed)).fields("H") == wanted
+    assert corpus.stock(*suffixed).texts() == corpus.stock().texts()
+
+
+# The small model writes alone, so that what it says shows.
+SMALL_ALONE = ["--bild-start", "small", "--bild-fallback-threshold", 0, "--bild-rollback-threshold", "inf"]
+
+
+def test_options_that_replace_those_of_the_small_model(corpus, tmp_path):
+    """Equal to a checkpoint that holds them; the large model's own overrides leave the small model as it is."""
+    alone = corpus.bild(*SMALL_ALONE, "--bild-max-draft", 1000)
+    plain = corpus.generate(*alone).fields("H")
+    state = torch.load(corpus.small, weights_only=False)
+    state["cfg"]["model"].no_scale_embedding = True
+    other = save(tmp_path / "other.pt", state)
+    wanted = corpus.generate(*alone, "--bild-small-path", other).fields("H")
+    overrides = "{'no_scale_embedding': True}"
+    assert corpus.generate(*alone, "--bild-small-overrides", overrides).fields("H") == wanted != plain
+    assert corpus.generate(*alone, "--model-overrides", overrides).fields("H") == plain
+
+
+def test_models_of_bart_with_a_row_for_the_mask(corpus, tmp_path):
+    """Pre-trained models have one, a translation task's dictionary has none; fairseq drops the row."""
+    masked = corpus.task()
+    size = {"share_all_embeddings": False, "share_decoder_input_output_embed": True}
+    for dictionary in (masked.source_dictionary, masked.target_dictionary):
+        dictionary.add_symbol("<mask>")
+    paths = [
+        corpus.checkpoint(tmp_path / f"{name}.pt", masked, arch="bart_base", dropout=0.0, **size)
+        for name in ("large", "small")
+    ]
+    wanted = corpus.stock("--path", paths[0])
+    run = corpus.generate(*corpus.lossless("--path", paths[0], "--bild-small-path", paths[1]))
+    assert_same_hypotheses(run, wanted)
+
+
+@pytest.mark.parametrize("tokens", [[], ["--decoder-langtok"]], ids=["plain", "symbols that the task adds"])
+def test_models_of_several_language_pairs(corpus, tmp_path, tokens):
+    """Their weights lie below the pair's name; the dictionaries beside them lack the symbols of the task."""
+    given = {"lang_pairs": "x-y,y-x", "encoder_langtok": None, "decoder_langtok": bool(tokens)}
+    options = {"source_lang": "x", "target_lang": "y", "left_pad_source": "True", "left_pad_target": "False"}
+    task = tasks.setup_task(Namespace(task="multilingual_translation", data=str(corpus.data), **given, **options))
+    task.model_lang_pairs = task.lang_pairs = ["x-y", "y-x"]
+    paths = []
+    for name in ("large", "small"):
+        torch.manual_seed(len(paths))
+        paths.append(
+            corpus.checkpoint(tmp_path / f"{name}.pt", task, **given, arch="multilingual_transformer", dropout=0.0)
+        )
+    for language in ("x", "y"):
+        shutil.copy(corpus.data / f"dict.{language}.txt", tmp_path)
+    several = ["--task", "multilingual_translation", "--lang-pairs", "x-y,y-x", *tokens, "--path", paths[0]]
+    wanted = corpus.stock(*several)
+    run = corpus.generate(*corpus.lossless(*several, "--bild-small-path", paths[1]))
+    assert_same_hypotheses(run, wanted)
