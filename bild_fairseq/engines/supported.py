@@ -27,14 +27,12 @@ from fairseq.modules.fairseq_dropout import FairseqDropout
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 from torch import nn
 
-from ..models.exits import EarlyExitTransformerDecoder
-
 # Kinds whose forward pass an engine replaces or ignores; a subclass of one computes something else.
 _PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm, type(LayerNorm(1)), LearnedPositionalEmbedding)
 _PLAIN += (SinusoidalPositionalEmbedding, nn.Dropout, nn.Identity, nn.ModuleList, nn.ModuleDict)
 # Subclasses of these are fine as long as they compute with the stock methods.
 _STOCK: dict[type, tuple[type, ...]] = {
-    TransformerDecoderBase: (EarlyExitTransformerDecoder, TransformerDecoder, TransformerDecoderBase),
+    TransformerDecoderBase: (TransformerDecoder, TransformerDecoderBase),
     TransformerEncoderBase: (TransformerEncoder, TransformerEncoderBase),
     TransformerDecoderLayerBase: (TransformerDecoderLayerBase,),
     TransformerEncoderLayerBase: (TransformerEncoderLayerBase,),
