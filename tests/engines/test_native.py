@@ -221,7 +221,7 @@ WIDE = {
     **{f"{side}_embed_dim": 60 for side in ("encoder", "decoder")},
     **{f"{side}_ffn_embed_dim": 70 for side in ("encoder", "decoder")},
 }
-SETS = {"this processor's": "", "AVX2 at most": "-mno-avx512f", "none": "-mno-avx512f -mno-avx2"}
+SETS = {"this processor's": "", "AVX2": "-mno-avx512f", "none": "-mno-avx512f -mno-avx2"}
 
 
 @pytest.fixture(scope="module", params=SETS.values(), ids=SETS)
