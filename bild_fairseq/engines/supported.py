@@ -6,8 +6,9 @@ way from tokens to log-probabilities has to be one of fairseq's own kinds, and e
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 from fairseq.models import BaseFairseqModel
 from fairseq.models.transformer import (
@@ -18,18 +19,20 @@ from fairseq.models.transformer import (
     TransformerModelBase,
 )
 from fairseq.modules import (
+    LayerDropModuleList,
     LayerNorm,
     LearnedPositionalEmbedding,
     MultiheadAttention,
     SinusoidalPositionalEmbedding,
 )
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.fairseq_dropout import FairseqDropout
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 from torch import nn
 
 # Kinds whose forward pass an engine replaces or ignores; a subclass of one computes something else.
 _PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm, type(LayerNorm(1)), LearnedPositionalEmbedding)
-_PLAIN += (SinusoidalPositionalEmbedding, nn.Dropout, nn.Identity, nn.ModuleList, nn.ModuleDict)
+_PLAIN += (SinusoidalPositionalEmbedding, nn.ModuleList, nn.ModuleDict, LayerDropModuleList)
 # Subclasses of these are fine as long as they compute with the stock methods.
 _STOCK: dict[type, tuple[type, ...]] = {
     TransformerDecoderBase: (TransformerDecoder, TransformerDecoderBase),
@@ -38,11 +41,13 @@ _STOCK: dict[type, tuple[type, ...]] = {
     TransformerEncoderLayerBase: (TransformerEncoderLayerBase,),
     MultiheadAttention: (MultiheadAttention,),
     FairseqDropout: (FairseqDropout,),
-    nn.ModuleList: (nn.ModuleList,),
 }
 # Methods with which a model is made, trained, saved and loaded; they may be a subclass's own.
 _NOT_COMPUTING = ("__init__", "build_", "upgrade_state_dict", "add_args", "make_generation_fast_", "prepare_for_onnx")
-_NOT_COMPUTING += ("reset_parameters", "__iter__", "train", "load_state_dict", "__module__", "__doc__", "__class__")
+_NOT_COMPUTING += ("reset_parameters", "train", "load_state_dict", "__module__", "__doc__", "__class__")
+# A model's methods between its decoder and log-probabilities.
+_PROBABILITIES = ("get_normalized_probs", "get_normalized_probs_scriptable")
+_RETAINED_DROPOUT = "it drops units during inference (--retain-dropout)"
 
 
 class UnsupportedModel(ValueError):
@@ -53,17 +58,21 @@ def unsupported_model(model: nn.Module) -> str | None:
     """Why no engine can run a model, naming the option; None if one can."""
     if not hasattr(model, "encoder") or not hasattr(model, "decoder"):
         return "it has no encoder, so it is not an encoder-decoder Transformer"
-    for name in ("get_normalized_probs", "get_normalized_probs_scriptable"):
-        if getattr(type(model), name) not in [getattr(kind, name) for kind in (BaseFairseqModel, TransformerModelBase)]:
+    for name in _PROBABILITIES:
+        stock = [getattr(kind, name) for kind in (BaseFairseqModel, TransformerModelBase)]
+        if name in vars(model) or getattr(type(model), name) not in stock:
             return f"{type(model).__name__} computes {name} in its own way"
-    return unsupported_decoder(model.decoder)
+    # An encoder may be of any kind, as the engines then run its own forward pass; but that has to give the same again.
+    dropping = next(filter(_drops_during_inference, model.encoder.modules()), None)
+    return unsupported_decoder(model.decoder) if dropping is None else _RETAINED_DROPOUT
 
 
 def unsupported_decoder(decoder: nn.Module) -> str | None:
     """Why no engine can run a decoder, naming the option; None if one can."""
     if not isinstance(decoder, TransformerDecoderBase):
         return f"its decoder is a {type(decoder).__name__}, not a fairseq Transformer decoder"
-    if not decoder.layers:
+    layers = list(decoder.layers.children())  # not its iterator, which draws random numbers where layers are dropped
+    if not layers:
         return "its decoder has no layers"
     checks = {
         "--adaptive-softmax-cutoff": decoder.adaptive_softmax is not None,
@@ -74,9 +83,12 @@ def unsupported_decoder(decoder: nn.Module) -> str | None:
     for option, present in checks.items():
         if present:
             return f"it was trained with {option}"
-    for layer in decoder.layers:
+    for layer in layers:
         if not isinstance(layer, TransformerDecoderLayerBase):
             return f"it has a layer of type {type(layer).__name__} (--base-layers or a custom architecture)"
+    shapes = {(layer.embed_dim, layer.self_attn.num_heads, layer.encoder_attn is None) for layer in layers}
+    if len(shapes) > 1:
+        return "its decoder's layers differ in width, attention heads or encoder-decoder attention"
     return unusual_computation(decoder)
 
 
@@ -86,7 +98,7 @@ def unsupported_encoder(encoder: nn.Module) -> str | None:
         return f"an encoder of type {type(encoder).__name__}"
     if getattr(encoder, "return_fc", False) or any(map(_uses_xformers, encoder.modules())):
         return "an encoder with an option of its own"
-    for layer in encoder.layers:
+    for layer in encoder.layers.children():
         if not isinstance(layer, TransformerEncoderLayerBase):
             return f"an encoder layer of type {type(layer).__name__}"
     return unusual_computation(encoder)
@@ -99,37 +111,52 @@ def unusual_computation(module: nn.Module) -> str | None:
 
 def _unusual_computations(root: nn.Module) -> Iterator[str]:
     for name, module in root.named_modules():
-        where = f" ({name})" if name else ""
+        kind, where = type(module).__name__, f" ({name})" if name else ""
         stock = next((kinds for base, kinds in _STOCK.items() if isinstance(module, base)), None)
-        if module._forward_hooks or module._forward_pre_hooks:
-            yield f"{type(module).__name__} has a hook on its forward pass{where}"
         if stock is None and type(module) not in _PLAIN:
-            yield f"it has a module of type {type(module).__name__}{where}, which is not read by its weights alone"
-        if stock is not None:
-            yield from (f"{type(module).__name__} computes {own} in its own way" for own in own_methods(module, stock))
-        if isinstance(module, FairseqDropout) and module.apply_during_inference and module.p > 0:
-            yield f"it drops units during inference (--retain-dropout){where}"
+            yield f"it has a module of type {kind}{where}, which is not read by its weights alone"
+        if module._forward_hooks or module._forward_pre_hooks:
+            yield f"{kind} has a hook on its forward pass{where}"
+        yield from (f"{kind} computes {own} in its own way{where}" for own in own_methods(module, stock))
+        if _drops_during_inference(module):
+            yield f"{_RETAINED_DROPOUT}{where}"
         if isinstance(module, MultiheadAttention) and (module.bias_k is not None or module.add_zero_attn):
             yield "its attention has an extra key (add_bias_kv or add_zero_attn)"
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            yield f"its embeddings have a maximum norm{where}"
 
 
-def own_methods(module: nn.Module, stock: tuple[type, ...]) -> list[str]:
+def own_methods(module: nn.Module, stock: tuple[type, ...] | None = None) -> list[str]:
     """Methods of a stock kind of module that a module computes in its own way, by name.
 
     Args:
         module: an instance of a stock kind or of a subclass.
-        stock: the stock kinds that it may be.
+        stock: the stock kinds that it may be; None for its own.
     """
+    stock = stock or (type(module),)
     known = {base for kind in stock for base in kind.__mro__}
     own = [vars(kind) for kind in type(module).__mro__ if kind not in known]
     # A method may also be put in the place of the class's for one object alone.
-    own.append({name: value for name, value in module.__dict__.items() if inspect.isroutine(value)})
+    own.append({name: value for name, value in vars(module).items() if not _checkpoints(module, value)})
     return sorted(
         name
         for names in own
         for name, value in names.items()
         if callable(value) and any(hasattr(kind, name) for kind in stock) and not name.startswith(_NOT_COMPUTING)
     )
+
+
+def _checkpoints(module: nn.Module, value: Any) -> bool:
+    """Whether this is a module's own forward pass as ``--checkpoint-activations`` wraps it, which computes the same."""
+    return (
+        isinstance(value, functools.partial)
+        and value.func.__module__ == checkpoint_wrapper.__module__
+        and getattr(value.args[0], "__func__", None) is type(module).forward
+    )
+
+
+def _drops_during_inference(module: nn.Module) -> bool:
+    return isinstance(module, FairseqDropout) and module.apply_during_inference and module.p > 0
 
 
 def _uses_xformers(module: nn.Module) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from fairseq.models.transformer import TransformerDecoderBase
+from fairseq.modules import gelu
 from torch import nn
 
 from ..supported import unsupported_encoder
 from .build import library
 
-_ACTIVATIONS = {"relu": 1, "gelu": 2}
+_ACTIVATIONS = ((torch.relu, 1), (F.relu, 1), (gelu, 2), (F.gelu, 2))
 
 
 def missing_option(module: nn.Module) -> str | None:
@@ -37,7 +38,7 @@ def missing_option(module: nn.Module) -> str | None:
         "a norm without weights": any(
             part.weight is None for part in module.modules() if isinstance(part, nn.LayerNorm)
         ),
-        "layers that differ": len({(layer.self_attn.num_heads, layer.fc1.out_features) for layer in layers}) != 1,
+        "layers that differ": len({_shape(layer) for layer in layers}) != 1,
         "NormFormer scales": any(
             getattr(layer, name, None) is not None
             for layer in layers
@@ -48,8 +49,11 @@ def missing_option(module: nn.Module) -> str | None:
     return next((reason for reason, present in checks.items() if present), None)
 
 
+def _shape(layer: nn.Module) -> tuple[object, ...]:
+    """What has to be the same in all layers."""
+    return layer.self_attn.num_heads, layer.fc1.out_features, layer.normalize_before, activation(layer)
+
+
 def activation(layer: nn.Module) -> int | None:
     """The number that ``transformer.c`` has for a layer's activation; None if it has none."""
-    function = layer.activation_fn
-    names = {torch.relu: "relu", F.relu: "relu"}
-    return _ACTIVATIONS.get(names.get(function, getattr(function, "__name__", "")))
+    return next((number for function, number in _ACTIVATIONS if layer.activation_fn is function), None)
