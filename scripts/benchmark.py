@@ -21,34 +21,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from common import (
-    Scorer,
-    System,
-    add_data_arguments,
-    add_score_arguments,
-    add_search_arguments,
-    load,
-    load_model,
-    make_batches,
-    measure,
-    ours,
-    parse_policy,
-    parse_precision,
-    percentile90,
-    quiet,
-    ratio,
-    search_options,
-    stock,
-    write_atomically,
-)
 from fairseq.tasks import FairseqTask
 
 from bild_fairseq.decoding.counters import total
 from bild_fairseq.decoding.decode import Policy
 from bild_fairseq.errors import BildError
+from bild_fairseq.experiments.arguments import (
+    add_data_arguments,
+    add_score_arguments,
+    add_search_arguments,
+    score_options,
+    search_options,
+)
+from bild_fairseq.experiments.commandline import quiet, run
+from bild_fairseq.experiments.data import device_name, first_sentences, load, load_model, make_batches
+from bild_fairseq.experiments.files import write_atomically
+from bild_fairseq.experiments.methods import parse_precision
+from bild_fairseq.experiments.scoring import Scorer
+from bild_fairseq.experiments.settings import parse_policy
+from bild_fairseq.experiments.systems import System, ours, stock
+from bild_fairseq.experiments.timing import measure, percentile90, ratio
 from bild_fairseq.plugin.checkpoints import load_small
 
 
@@ -164,7 +156,11 @@ def make_systems(task: FairseqTask, large: torch.nn.Module, args: argparse.Names
     small = load_small([args.small], task, large) if args.small else []
     early = None
     if args.early_exit:
-        early = large if args.early_exit == args.large else load_model(args.early_exit, task, args)
+        early = (
+            large
+            if args.early_exit == args.large
+            else load_model(args.early_exit, task, cuda=args.cuda, fp16=args.fp16)
+        )
     exit_layer = args.exit_layer or (min(early.decoder.exit_layers) if early else None)
 
     def policies(name: str, settings: Sequence[str]) -> list[tuple[str, Policy]]:
@@ -308,22 +304,29 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     task, large = load(args)
     systems = make_systems(task, large, args)
-    batches = make_batches(task, args, args.batch_size)
-    scorer = Scorer(task, args, [i for batch in batches for i in batch["id"].tolist()])
+    ids = first_sentences(task, args.subset, args.sentences)
+    batches = make_batches(task.dataset(args.subset), ids, args.batch_size, cuda=args.cuda)
+    scorer = Scorer(task, args.subset, ids, score_options(args))
 
     def progress(done: int) -> None:
         if sys.stderr.isatty():
             print(f"\r{done} of {len(batches)} batches", end="\n" * (done == len(batches)), file=sys.stderr, flush=True)
 
     measure(
-        systems, batches, args, warmup=args.warmup, turn=args.turn, encoding=True, floor=args.floor, progress=progress
+        systems,
+        batches,
+        cuda=args.cuda,
+        warmup=args.warmup,
+        turn=args.turn,
+        encoding=True,
+        floor=args.floor,
+        progress=progress,
     )
     rows = report(systems, [scorer.score(system.outputs) for system in systems], args.metric, batches)
-    device = torch.cuda.get_device_name() if args.cuda else f"CPU, {args.threads} threads"
-    sentences = sum(len(batch["id"]) for batch in batches)
+    device = device_name(args.cuda, args.threads)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
     print(
-        f"{sentences} sentences, batch size {args.batch_size}, {device}, {'float16' if args.fp16 else 'float32'}; "
+        f"{len(ids)} sentences, batch size {args.batch_size}, {device}, {'float16' if args.fp16 else 'float32'}; "
         f"peak memory {peak / 1024:.0f} MB (all systems); {scorer.name} {scorer.signature}"
     )
     print_table(rows, args.metric, scorer.name)
@@ -336,7 +339,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BildError as error:
-        sys.exit(f"benchmark: {error}")
+    run("benchmark", main)

@@ -9,41 +9,33 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from bild_fairseq.plugin.trace import traced
-from common import (
-    Method,
-    Scorer,
-    add_data_arguments,
-    add_method_arguments,
-    add_score_arguments,
-    add_search_arguments,
-    check_sources,
-    load,
-    load_methods,
-    make_batches,
-    measure,
-    parse_drafts,
-    parse_policy,
-    quiet,
-    search_options,
-    system_of,
-    write_atomically,
-)
 from fairseq.tasks import FairseqTask
 from tqdm import tqdm
 
 from bild_fairseq.decoding.decode import Policy
 from bild_fairseq.errors import BildError
+from bild_fairseq.experiments.arguments import (
+    add_data_arguments,
+    add_score_arguments,
+    add_search_arguments,
+    score_options,
+    search_options,
+)
+from bild_fairseq.experiments.commandline import quiet, run
+from bild_fairseq.experiments.data import check_sources, first_sentences, load, make_batches
+from bild_fairseq.experiments.files import write_atomically
+from bild_fairseq.experiments.methods import Method, add_method_arguments, load_methods
+from bild_fairseq.experiments.scoring import Scorer
+from bild_fairseq.experiments.settings import parse_drafts, parse_policy
+from bild_fairseq.experiments.systems import system_of
+from bild_fairseq.experiments.timing import measure
+from bild_fairseq.plugin.trace import traced
 
 
 @dataclass(frozen=True)
@@ -148,13 +140,13 @@ def main() -> None:
     task, large = load(args)
     methods = load_methods(task, large, args)
     check_sources(task, args, [model for method in methods for model in (method.large, *method.small)])
-    batches = make_batches(task, args, args.batch_size)
-    ids = [i for batch in batches for i in batch["id"].tolist()]
-    scorer = Scorer(task, args, ids)
+    ids = first_sentences(task, args.subset, args.sentences)
+    batches = make_batches(task.dataset(args.subset), ids, args.batch_size, cuda=args.cuda)
+    scorer = Scorer(task, args.subset, ids, score_options(args))
     with tqdm(total=len(ids) * len(settings) * len(methods), unit="sentence", disable=None) as bar:
         recorded = [one for method in methods for one in record(task, method, settings, batches, args, scorer, bar)]
     greedy = system_of("greedy", methods[0].greedy(task, search_options(args)))
-    measure([greedy], batches, args, warmup=0)
+    measure([greedy], batches, cuda=args.cuda, warmup=0)
     dataset = task.dataset(args.subset)
     sentences = {
         i: {
@@ -169,9 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BildError as error:
-        sys.exit(f"rounds: {error}")
-    except KeyboardInterrupt:
-        sys.exit("rounds: interrupted; nothing is written")
+    run("rounds", main, "interrupted; nothing is written")

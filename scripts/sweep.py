@@ -15,51 +15,34 @@ import itertools
 import json
 import math
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from common import (
-    Method,
-    Scorer,
-    System,
-    add_data_arguments,
-    add_method_arguments,
-    add_score_arguments,
-    add_search_arguments,
-    check_sources,
-    device_name,
-    difference,
-    load,
-    load_methods,
-    make_batches,
-    measure,
-    origin_of,
-    parse_drafts,
-    parse_fallbacks,
-    parse_policy,
-    parse_rollbacks,
-    percentile90,
-    quality_change,
-    quiet,
-    ratio,
-    search_options,
-    stock,
-    system_of,
-    write_atomically,
-)
 from fairseq.tasks import FairseqTask
 from tqdm import tqdm
 
 from bild_fairseq.decoding.counters import total
 from bild_fairseq.decoding.decode import Policy
 from bild_fairseq.errors import BildError
+from bild_fairseq.experiments.arguments import (
+    add_data_arguments,
+    add_score_arguments,
+    add_search_arguments,
+    score_options,
+    search_options,
+)
+from bild_fairseq.experiments.commandline import quiet, run
+from bild_fairseq.experiments.data import check_sources, device_name, first_sentences, load, make_batches
+from bild_fairseq.experiments.files import write_atomically
+from bild_fairseq.experiments.methods import Method, add_method_arguments, load_methods
+from bild_fairseq.experiments.origin import difference, origin_of
+from bild_fairseq.experiments.scoring import Scorer, quality_change
+from bild_fairseq.experiments.settings import parse_drafts, parse_fallbacks, parse_policy, parse_rollbacks
+from bild_fairseq.experiments.systems import System, stock, system_of
+from bild_fairseq.experiments.timing import measure, percentile90, ratio
 from bild_fairseq.plugin.generator import SearchOptions
 
 
@@ -282,14 +265,15 @@ def main() -> None:
     task, large = load(args)
     methods = load_methods(task, large, args)
     check_sources(task, args, [model for method in methods for model in (method.large, *method.small)])
-    batches = make_batches(task, args, args.batch_size)
-    scorer = Scorer(task, args, [i for batch in batches for i in batch["id"].tolist()])
+    ids = first_sentences(task, args.subset, args.sentences)
+    batches = make_batches(task.dataset(args.subset), ids, args.batch_size, cuda=args.cuda)
+    scorer = Scorer(task, args.subset, ids, score_options(args))
     origin = origin_of(task, methods, args) | {
         "metric": args.metric,
         "metric_name": scorer.name,
         "subwords": args.bpe,
         "batch size": args.batch_size,
-        "device": device_name(args),
+        "device": device_name(args.cuda, args.threads),
         "torch": torch.__version__,
     }
     results = Results(Path(args.out), origin)
@@ -309,7 +293,7 @@ def main() -> None:
                 measure(
                     systems,
                     batches,
-                    args,
+                    cuda=args.cuda,
                     warmup=args.warmup,
                     turn=args.turn,
                     progress=lambda done, before=before: bar.update(before + done - bar.n),
@@ -321,9 +305,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BildError as error:
-        sys.exit(f"sweep: {error}")
-    except KeyboardInterrupt:
-        sys.exit("sweep: interrupted; the same command goes on where it stopped")
+    run("sweep", main, "interrupted; the same command goes on where it stopped")

@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
-from common import Method, search_options
 from fairseq import utils
 from fairseq.tasks import FairseqTask
 from torch import Tensor
 
-from bild_fairseq.decoding.constraints import Constraints
-from bild_fairseq.decoding.counters import Counters
-from bild_fairseq.decoding.decode import Policy, Reader, decode
+from ..decoding.constraints import Constraints
+from ..decoding.counters import Counters
+from ..decoding.decode import Policy, Reader, decode
+from .arguments import search_options
+from .methods import Method
 
 LOGITS_BYTES = 1 << 28  # a pass over many sentences is cut so that its logits take less
 
