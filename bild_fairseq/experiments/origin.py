@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from fairseq import utils
 from fairseq.tasks import FairseqTask
 
+from ..plugin.pair import Pair
 from .arguments import search_options
 from .data import first_sentences
 from .files import file_digest
-from .methods import Method
 
 
 def data_digest(task: FairseqTask, args: argparse.Namespace) -> str:
@@ -29,14 +29,14 @@ def data_digest(task: FairseqTask, args: argparse.Namespace) -> str:
     return digest.hexdigest()[:16]
 
 
-def origin_of(task: FairseqTask, methods: Sequence[Method], args: argparse.Namespace) -> dict[str, Any]:
-    """What the outputs of some methods depend on, by name; ``models`` has an entry for each method."""
+def origin_of(task: FairseqTask, pairs: Mapping[str, Pair], args: argparse.Namespace) -> dict[str, Any]:
+    """What the outputs of some pairs depend on, by name; ``models`` has an entry for each pair."""
     models = {}
-    for method in methods:
-        paths = method.small_path.split(os.pathsep) if method.small_path else [method.large_path]
-        models[method.name] = "+".join(map(file_digest, paths))
-        if method.exit_layer is not None:
-            models[method.name] += f", exit {method.exit_layer}"
+    for name, pair in pairs.items():
+        paths = utils.split_paths(pair.small_path or pair.large_path)
+        models[name] = "+".join(map(file_digest, paths))
+        if pair.exit_layer is not None:
+            models[name] += f", exit {pair.exit_layer}"
     return {
         "large model": file_digest(args.large),
         "models": models,

@@ -1,4 +1,4 @@
-"""Thresholds and draft lengths as a command line writes them."""
+"""Thresholds and draft lengths as command lines and results write them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ..decoding.decode import Policy
+from ..decoding.policies import Policy
 from ..errors import BildError
+
+ENDS = {"off": [False], "on": [True], "both": [False, True]}  # values of --verify-end
 
 
 def parse_policy(setting: str, max_draft: int) -> Policy:
@@ -49,3 +51,20 @@ def _numbers(text: str, what: str, kind: type, holds: Callable[[Any], bool], wan
             raise BildError(f"{what} {item!r}: must be {wanted}")
         values.append(value)
     return sorted(set(values))
+
+
+def policy_flags(policy: Policy) -> str:
+    """What sets a policy in fairseq-generate."""
+    return (
+        f"--bild-fallback-threshold {policy.fallback_threshold:g} --bild-rollback-threshold "
+        f"{policy.rollback_threshold:g} --bild-max-draft {policy.max_draft}" + " --bild-verify-end" * policy.verify_end
+    )
+
+
+def threshold_columns(policy: Policy) -> dict[str, float | str]:
+    """The thresholds by name, for JSON, which has no infinity: it is written ``"inf"``."""
+    rollback = policy.rollback_threshold
+    return {
+        "fallback_threshold": policy.fallback_threshold,
+        "rollback_threshold": "inf" if rollback == math.inf else rollback,
+    }

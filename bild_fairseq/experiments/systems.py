@@ -11,9 +11,10 @@ from fairseq.sequence_generator import SequenceGenerator
 from fairseq.tasks import FairseqTask
 
 from ..decoding.counters import Counters
-from ..decoding.decode import Policy
+from ..decoding.policies import Policy
+from ..engines.base import Engine
 from ..plugin.generator import BildGenerator, SearchOptions
-from ..plugin.trace import replay
+from ..plugin.pair import Pair
 
 Run = Callable[[dict[str, Any]], list[list[int]]]
 
@@ -24,15 +25,15 @@ class System:
 
     name: str
     run: Run  # fairseq batch -> token numbers per sentence, end symbol included
-    generator: BildGenerator | None = None
-    seconds: list[float] = field(default_factory=list)  # per batch
-    encoding: list[float] = field(default_factory=list)  # per batch: its encoders alone, if asked for
-    floor: list[float] = field(default_factory=list)  # per batch: its bare forward passes, if asked for
-    outputs: dict[int, list[int]] = field(default_factory=dict)  # by sentence
-    counters: list[Counters] = field(default_factory=list)
     encode: Callable[[dict[str, Any]], Any] | None = None  # runs the encoders alone
+    engines: Sequence[Engine] = ()  # that run its models, for a system of this package
     clock: Callable[[], float] | None = None  # seconds of the last run, for a system that measures itself
     rest: float = 0.0  # seconds to wait after its turn, for threads that keep a core busy for a while
+    seconds: list[float] = field(default_factory=list)  # per batch
+    encoding: list[float] = field(default_factory=list)  # per batch: its encoders alone, if asked for
+    floor: list[float] = field(default_factory=list)  # per batch: the time inside its engines, if asked for
+    outputs: dict[int, list[int]] = field(default_factory=dict)  # by sentence
+    counters: list[Counters] = field(default_factory=list)
 
 
 def stock(models: Sequence[torch.nn.Module], task: FairseqTask, beam: int, search: SearchOptions) -> System:
@@ -52,29 +53,28 @@ def stock(models: Sequence[torch.nn.Module], task: FairseqTask, beam: int, searc
 
     @torch.no_grad()
     def encode(batch: dict[str, Any]) -> Any:
-        net_input = {name: value for name, value in batch["net_input"].items() if name != "prev_output_tokens"}
-        return [model.encoder.forward_torchscript(net_input) for model in models]
+        return [model.encoder.forward_torchscript(_sources(batch)) for model in models]
 
-    return System(f"fairseq --beam {beam}", run, encode=encode)
-
-
-def ours(
-    name: str, models: Sequence[torch.nn.Module], task: FairseqTask, search: SearchOptions, **kwargs: Any
-) -> System:
-    """A system of this package; ``kwargs`` are those of ``BildGenerator``."""
-    kwargs.setdefault("policy", Policy())
-    return system_of(name, BildGenerator(models, task.target_dictionary, options=search, **kwargs))
+    return System(f"fairseq --beam {beam}", run, encode)
 
 
-def system_of(name: str, generator: BildGenerator, policy: Policy | None = None) -> System:
-    """A system that runs a generator, which several may share, with a policy of its own if one is given."""
+def ours(name: str, pair: Pair, task: FairseqTask, search: SearchOptions, policy: Policy | None = None) -> System:
+    """A system of this package; a pair's models are laid out once, however many systems share it."""
+    generator = BildGenerator(pair, task.target_dictionary, policy or Policy(), search)
 
     def run(batch: dict[str, Any]) -> list[list[int]]:
-        if policy is not None:
-            generator.policy = policy
         hypotheses = generator.generate([], batch)
         system.counters += [hypos[0]["counters"] for hypos in hypotheses]
         return [hypos[0]["tokens"].tolist() for hypos in hypotheses]
 
-    system = System(name, run, generator, encode=lambda batch: replay(generator, batch, []))
+    @torch.no_grad()
+    def encode(batch: dict[str, Any]) -> Any:
+        return [engine.start(_sources(batch)) for engine in pair.engines]
+
+    system = System(name, run, encode, pair.engines)
     return system
+
+
+def _sources(batch: dict[str, Any]) -> dict[str, Any]:
+    """What an encoder reads of a batch."""
+    return {name: value for name, value in batch["net_input"].items() if name != "prev_output_tokens"}
