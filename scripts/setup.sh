@@ -27,7 +27,8 @@ sys.exit('%d.%d' % sys.version_info[:2] != '$version')" >/dev/null 2>&1; then
 }
 
 # setup_python [FILE...]: leaves an environment active in which everything in requirements.txt and in the given
-# files is installed: the active one, or $VENV, which it makes if need be. Fast where nothing is missing.
+# files is installed, and this clone's package: the active one, or $VENV, which it makes if need be. Fast where nothing
+# is missing.
 setup_python() {
     local files=("$_root/requirements.txt") file
     for file in "$@"; do
@@ -42,7 +43,7 @@ setup_python() {
         echo "setup: the environment in $(python -c 'import sys; print(sys.prefix)') has no pip" >&2
         return 1
     fi
-    _install_missing "${files[@]}"
+    _install_missing "${files[@]}" && _install_package
 }
 
 _activate_venv() {
@@ -112,4 +113,32 @@ sys.exit(sys.version_info >= (3, 11) or tuple(map(int, pip.__version__.split("."
     # The torch that is there stays, whatever else would like another one.
     python -m pip install "${arguments[@]}" \
         -c <(python -c 'from importlib.metadata import version; print("torch==" + version("torch"))')
+}
+
+# Prints the folder that `import bild_fairseq` finds, if any, from outside of the repository.
+_package() {
+    (cd / && python -c 'from importlib.util import find_spec
+spec = find_spec("bild_fairseq")
+print(*(spec.submodule_search_locations if spec else ()))')
+}
+
+# Makes `import bild_fairseq` find this clone, also where the environment has another one.
+_install_package() {
+    local arguments=(--no-deps --quiet --disable-pip-version-check) found
+    if [[ $(_package) -ef $_root/bild_fairseq ]]; then
+        return 0
+    fi
+    echo "setup: installing bild_fairseq from $_root"
+    # With the setuptools that torch has brought, nothing is downloaded.
+    if python -c 'from importlib.metadata import version
+import sys
+sys.exit(int(version("setuptools").split(".")[0]) < 77)' 2>/dev/null; then
+        arguments+=(--no-build-isolation)
+    fi
+    python -m pip install "${arguments[@]}" --editable "$_root" || return 1
+    found=$(_package)
+    if [[ ! $found -ef $_root/bild_fairseq ]]; then
+        echo "setup: import bild_fairseq finds $found, not this clone; is PYTHONPATH set?" >&2
+        return 1
+    fi
 }

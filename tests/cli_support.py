@@ -1,14 +1,9 @@
-"""A tiny translation task, models trained on it, and fairseq's programs, for tests of the command line.
-
-A program is run in a child forked from a warm interpreter that has imported fairseq, without the plugin, and
-nothing else. From there on all is as in the console script: arguments, streams, exit status, ``atexit`` and the
-hook for uncaught errors.
-"""
+"""A tiny translation task, models trained on it, and fairseq's programs, for tests of the command line."""
 
 import itertools
-import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 from argparse import Namespace
@@ -16,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 from fairseq import tasks
@@ -25,29 +21,6 @@ from fairseq.tasks import FairseqTask
 import bild_fairseq
 
 USER_DIR = bild_fairseq.__path__[0]
-
-_SERVER = """
-import importlib, json, os, sys
-import fairseq.checkpoint_utils, fairseq.options, fairseq.sequence_generator, fairseq.trainer
-
-for line in iter(sys.stdin.readline, ""):
-    job = json.loads(line)
-    child = os.fork()
-    if not child:
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-else:
-    sys.exit()
-for number, path in enumerate(job["streams"]):
-    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
-sys.stdin = open(0, encoding="utf-8")
-os.environ.update(job["environment"])
-sys.argv = job["arguments"]
-if job["program"] == "python":
-    exec(job["arguments"].pop(0))
-else:
-    importlib.import_module("fairseq_cli." + job["program"]).cli_main()
-"""
 
 
 @dataclass
@@ -101,18 +74,18 @@ def assert_same_hypotheses(run: Run, stock: Run) -> None:
 
 
 class Programs:
-    """Runs fairseq's programs."""
+    """Runs fairseq's programs and Python code, without the wait for their imports (see ``fork_server``)."""
 
     def __init__(self, folder: Path):
-        self._folder = folder
+        self._folder, self._address = folder, str(folder / "socket")
         self._numbers = itertools.count()
         self._server = subprocess.Popen(
-            [sys.executable, "-c", _SERVER],
+            [sys.executable, fork_server.__file__, self._address],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         )
+        assert self._server.stdout.readline(), "the fork server does not start"
 
     def __call__(
         self,
@@ -126,26 +99,38 @@ class Programs:
 
         Args:
             program: ``generate``, ``interactive``, ``train``, ``preprocess``; or ``python``, whose first argument
-                is code.
+                is code and whose other ones become ``sys.argv``.
             arguments: of the command line; anything with a ``str``.
             text: standard input.
             status: the exit status that is asserted; None for any.
             environment: variables to set.
         """
-        number = next(self._numbers)
-        streams = [self._folder / f"{number}.{name}" for name in ("in", "out", "err")]
-        streams[0].write_text(text)
-        job = {
-            "program": program,
-            "arguments": [f"fairseq-{program}"] * (program != "python") + [str(argument) for argument in arguments],
-            "streams": [str(stream) for stream in streams],
-            "environment": dict(environment or {}),
-        }
-        self._server.stdin.write(json.dumps(job) + "\n")
-        self._server.stdin.flush()
-        run = Run(int(self._server.stdout.readline()), *(stream.read_text() for stream in streams[1:]))
-        assert status is None or run.status == status, f"{job['arguments']}\n{run.out[-2000:]}\n{run.err[-2000:]}"
+        words = [str(argument) for argument in arguments]
+        if program == "python":
+            words = ["-c", f"import sys; sys.argv.pop(0)\n{words[0]}", *words[1:]]
+        else:
+            program = f"fairseq-{program}"
+        paths = [self._folder / f"{next(self._numbers)}.{name}" for name in ("in", "out", "err")]
+        paths[0].write_text(text)
+        with paths[0].open() as read, paths[1].open("w") as out, paths[2].open("w") as err:
+            streams = [stream.fileno() for stream in (read, out, err)]
+            variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+            ended = fork_server.request(self._address, [program, *words], variables, os.getcwd(), streams)
+        run = Run(ended, *(path.read_text() for path in paths[1:]))
+        assert status is None or ended == status, f"{program} {words}\n{run.out[-2000:]}\n{run.err[-2000:]}"
         return run
+
+    def bin(self, folder: Path) -> Path:
+        """Writes ``python`` and ``fairseq-...`` that run in the same way, for shells with the folder in their PATH."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (
+            "python",
+            *(f"fairseq-{program}" for program in ("generate", "interactive", "preprocess", "train")),
+        ):
+            words = [sys.executable, "-SE", fork_server.__file__, self._address, name]
+            (folder / name).write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+            (folder / name).chmod(0o755)
+        return folder
 
     def close(self) -> None:
         self._server.stdin.close()
@@ -261,6 +246,7 @@ def _train(programs: Programs, data: Path, folder: Path, updates: int, *options:
         *(part for name, value in size for side in ("encoder", "decoder") for part in (f"--{side}{name[1:]}", value)),
         *("--optimizer", "adam", "--lr", 0.005, "--batch-size", 32, "--dropout", 0, "--num-workers", 0),
         *("--max-update", updates, "--save-interval-updates", half, "--no-epoch-checkpoints"),
+        *("--save-interval", updates, "--validate-interval", updates),  # counted in epochs: only at the end
         *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1, "--log-format", "none"),
     )
     (halfway,) = folder.glob(f"checkpoint_*_{half}.pt")

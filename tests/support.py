@@ -64,7 +64,11 @@ def model(seed: int, arch: str = "transformer", **options: Any) -> nn.Module:
     depend on the source and on each earlier token, and sentences end at many different lengths.
     """
     torch.manual_seed(seed)
-    made = build_model(Namespace(arch=arch, **{**SIZE, **options}), task())
+    return randomize(build_model(Namespace(arch=arch, **{**SIZE, **options}), task()))
+
+
+def randomize(made: nn.Module) -> nn.Module:
+    """Gives every parameter of a model a random value, in place; see :func:`model`."""
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if parameter.dim() == 1:

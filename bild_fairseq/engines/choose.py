@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 from ..errors import BildError
 from .base import Engine
 from .native import NativeEngine, missing_option
-from .supported import unsupported_decoder
+from .proof import prove
+from .supported import unsupported_model
 from .torch.engine import TorchEngine
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,9 @@ def engine_for(model: nn.Module, precision: str, role: str) -> Engine:
         BildError: no engine can run it; one line with the reason.
     """
     model.eval()
+    reason = unsupported_model(model)  # of a remembered one as well, which may have been given a hook since
+    if reason is not None:
+        raise BildError(f"the {role} model cannot be decoded from a cache: {reason}")
     with _lock:
         weights, engine = _remembered.get(model, {}).get(precision, (None, None))
         if engine is None or weights != fingerprint(model):
@@ -49,15 +55,23 @@ def remember(model: nn.Module, precision: str, engine: Engine) -> None:
 
 
 def fingerprint(model: nn.Module) -> Hashable:
-    """What changes with any weight of a model, with its device, its precision and its modules' classes.
+    """What changes with any weight of a model, with its device, its precision, and its modules' classes and settings.
 
     Optimizers write to weights in ways that torch's own counts of changes miss, so the numbers themselves are summed.
     """
     weights = model.state_dict().items()
     return (
-        *(type(module) for module in model.modules()),
+        *((type(module), *_settings(module)) for module in model.modules()),
         *((name, str(value.device), value.dtype, _sum_of_bits(value)) for name, value in weights),
     )
+
+
+def _settings(module: nn.Module) -> Iterator[Hashable]:
+    """The numbers, words and functions that a module keeps beside its weights."""
+    for name, value in vars(module).items():
+        # A method would keep its module alive, and with it what is remembered.
+        if isinstance(value, (bool, int, float, str)) or (inspect.isroutine(value) and not inspect.ismethod(value)):
+            yield name, value
 
 
 def _sum_of_bits(value: Tensor) -> int:
@@ -71,11 +85,25 @@ def _sum_of_bits(value: Tensor) -> int:
 
 
 def _make(model: nn.Module, precision: str, role: str) -> Engine:
-    if not hasattr(model, "encoder"):
-        raise BildError(f"the {role} model has no encoder, so it is not an encoder-decoder Transformer")
-    reason = unsupported_decoder(model.decoder)
-    if reason is not None:
-        raise BildError(f"the {role} model cannot be decoded from a cache: {reason}")
+    """A new engine, proved; torch's random numbers go on as if nothing had run, though layers are dropped with them."""
+    weight = next(model.parameters())
+    try:
+        with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+            engine = _fastest(model, precision, role)
+            prove(engine, model, precision, role)
+            if weight.dtype in (torch.float16, torch.bfloat16):
+                # Rounding in half precision hides much of what a model may compute beside its weights.
+                exact = copy.deepcopy(model).float()
+                prove(TorchEngine(exact, precision), exact, precision, role)
+    except BildError:
+        raise
+    except Exception as error:  # modules of a user's own may fail in any way
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise BildError(f"the {role} model ({type(model).__name__}) cannot be decoded: {reason}") from error
+    return engine
+
+
+def _fastest(model: nn.Module, precision: str, role: str) -> Engine:
     missing = missing_option(model.decoder)
     if missing is None:
         return NativeEngine(model, precision)

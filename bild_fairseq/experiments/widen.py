@@ -9,7 +9,6 @@ as in a trained model of that size: matrices are dense, and nothing is shared th
 from __future__ import annotations
 
 import copy
-import os
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
@@ -31,8 +30,11 @@ from torch import Tensor
 
 from ..errors import BildError
 from ..models import EarlyExitBARTModel, EarlyExitTransformerModel
-from ..plugin.checkpoints import allow_fairseq_globals, with_readable_errors
+from ..plugin.checkpoints import read
+from ..plugin.files import replacing
 
+# Parts of a model whose options Hydra's configurations may keep apart: "encoder_layers", or "encoder": {"layers": ...}.
+_PARTS = ("encoder", "decoder", "quant_noise")
 _MODELS = (TransformerModel, BARTModel, EarlyExitTransformerModel, EarlyExitBARTModel)
 
 _LAYER = r"(encoder|decoder)\.layers\.\d+\."
@@ -70,28 +72,26 @@ def widen_file(path: Path, out: Path, times: int, deepen: int = 1, half: bool = 
     Raises:
         BildError: a file cannot be read or written, or the model cannot be widened.
     """
+    state = read(path)
     if out.exists() and out.samefile(path):
         raise BildError(f"{out}: is the checkpoint that is read; give another file to write")
-    allow_fairseq_globals()
-    load = with_readable_errors(torch.load)
-    state = load(str(path), map_location="cpu", weights_only=True)
     try:
         wide = widen(state, times, deepen, half)
     except BildError as error:
         raise BildError(f"{path}: {error}") from error
-    temporary = out.with_name(out.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(out) as temporary, open(temporary, "wb") as file:
             torch.save(wide, file)
-        os.replace(temporary, out)
     except OSError as error:
         raise BildError(f"{out}: cannot write it: {error.strerror}") from error
     return count_weights(state["model"]), count_weights(wide["model"])
 
 
 def count_weights(weights: Mapping[str, Tensor]) -> int:
-    """How many numbers a model has; weights that lie in the same memory count once."""
-    return sum({weight.data_ptr(): weight.numel() for weight in weights.values()}.values())
+    """How many weights a model has; those that lie in the same memory count once."""
+    skipped = (_VERSION, _COMPUTED)
+    own = [weight for name, weight in weights.items() if not any(kind.fullmatch(name) for kind in skipped)]
+    return sum({weight.data_ptr(): weight.numel() for weight in own}.values())
 
 
 def widen(state: Mapping[str, Any], times: int, deepen: int = 1, half: bool = False) -> dict[str, Any]:
@@ -125,6 +125,7 @@ def widen(state: Mapping[str, Any], times: int, deepen: int = 1, half: bool = Fa
     _check_options(options)
     weights = {name: weight for name, weight in state["model"].items() if not _COMPUTED.fullmatch(name)}
     _check_names(weights)
+    _check_sizes(weights, options)
     changes = _wide_options(options, times, deepen)
     if not options.no_token_positional_embeddings:
         changes |= {"encoder_learned_pos": True, "decoder_learned_pos": True}
@@ -152,7 +153,12 @@ def _entries(config: Any) -> dict[str, Any]:
 
 def _complete_options(config: Any) -> TransformerConfig:
     """All options of a model, with the defaults of its architecture where the checkpoint names none."""
-    entries = Namespace(**copy.deepcopy(dict(_entries(config))))
+    entries = Namespace()
+    for name, value in copy.deepcopy(_entries(config)).items():
+        if name in _PARTS and isinstance(value, dict):
+            vars(entries).update({f"{name}_{rest}": option for rest, option in value.items()})
+        else:
+            setattr(entries, name, value)
     arch = getattr(entries, "_name", None) or getattr(entries, "arch", None)
     if ARCH_MODEL_REGISTRY.get(arch) not in _MODELS:
         raise BildError(f"{arch} models cannot be widened; Transformers, BART and their early-exit versions can")
@@ -182,6 +188,14 @@ def _check_names(weights: Mapping[str, Tensor]) -> None:
     for name in weights:
         if not any(kind.fullmatch(name) for kind in (_MATRIX, _TABLE, _VECTOR, _VERSION)):
             raise BildError(f"a model with {name} cannot be widened: no weight of that name is known here")
+
+
+def _check_sizes(weights: Mapping[str, Tensor], options: TransformerConfig) -> None:
+    for name, side in (("encoder", options.encoder), ("decoder", options.decoder)):
+        last = weights.get(f"{name}.layers.{side.layers - 1}.fc1.weight")
+        above = f"{name}.layers.{side.layers}.fc1.weight" in weights
+        if last is None or last.shape != (side.ffn_embed_dim, side.embed_dim) or above:
+            raise BildError(f"the weights of the {name} do not fit the options that the checkpoint names")
 
 
 def _wide_options(options: TransformerConfig, times: int, deepen: int) -> dict[str, Any]:
@@ -312,7 +326,7 @@ def _for_inference(
 
 
 def _set_option(entries: dict[str, Any], name: str, value: Any) -> None:
-    """Sets an option where fairseq looks for it: Hydra's configurations may have one for each side."""
+    """Sets an option where fairseq looks for it: in Hydra's configurations a part may have its own."""
     side, _, rest = name.partition("_")
     if isinstance(entries.get(side), dict):
         entries[side][rest] = value

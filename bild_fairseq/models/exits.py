@@ -1,4 +1,4 @@
-"""A Transformer decoder with prediction heads part of the way up.
+"""Decoders with prediction heads part of the way up.
 
 The early exit of Kim et al., *Speculative Decoding with Big Little Decoder* (NeurIPS 2023): the
 first layers of a decoder, with a head of their own, are the small model of the pair.
@@ -35,20 +35,30 @@ def parse_exit_layers(value: str | int | Sequence[int]) -> list[int]:
     return layers
 
 
+def check_exit_layers(exit_layers: Sequence[int], depth: int, flag: str = "--decoder-layers") -> None:
+    """Refuses exits that leave no layer above them.
+
+    Args:
+        exit_layers: as of `parse_exit_layers`.
+        depth: number of decoder layers.
+        flag: the option that sets it, for the message.
+
+    Raises:
+        BildError: an exit above the second-highest layer.
+    """
+    if depth < 2:
+        raise BildError(f"{flag} {depth} leaves no layer to exit before; give at least 2")
+    if exit_layers[-1] >= depth:
+        raise BildError(f"--exit-layers {exit_layers[-1]}: with {flag} {depth} the highest exit is {depth - 1}")
+
+
 def check_decoder_options(cfg: TransformerConfig) -> None:
     """Refuses, by name, what an early-exit decoder cannot do.
 
     Raises:
         BildError: an exit above the second-highest layer, or an option that breaks the exits.
     """
-    last = cfg.decoder.layers - 1
-    if last < 1:
-        raise BildError("--decoder-layers 1 leaves no layer to exit before; give at least 2")
-    highest = parse_exit_layers(cfg.exit_layers)[-1]
-    if highest > last:
-        raise BildError(
-            f"--exit-layers {highest}: with --decoder-layers {cfg.decoder.layers} the highest exit is {last}"
-        )
+    check_exit_layers(parse_exit_layers(cfg.exit_layers), cfg.decoder.layers)
     if cfg.decoder.layerdrop > 0:
         raise BildError("--decoder-layerdrop skips layers, so an exit has no fixed layer under it; leave it 0")
     if cfg.adaptive_softmax_cutoff is not None:
@@ -57,8 +67,10 @@ def check_decoder_options(cfg: TransformerConfig) -> None:
         raise BildError("--base-layers changes what an exit layer counts; leave it 0")
 
 
-class EarlyExitTransformerDecoder(TransformerDecoderBase):
-    """fairseq's decoder plus one head for each exit; at full depth it is fairseq's decoder.
+class ExitHeads:
+    """Put in front of a fairseq decoder class: one prediction head for each exit.
+
+    The decoder has `layer_norm`, `output_projection`, and `project_to_vocabulary(features, projection)`.
 
     Attributes:
         exit_layers: the layers that have a head, ascending, counted from 1 at the bottom.
@@ -66,21 +78,17 @@ class EarlyExitTransformerDecoder(TransformerDecoderBase):
             decoder itself has none (post-norm, or ``--no-decoder-final-norm``).
         exit_output_projections: output projection of each exit, keyed by ``str(layer)``; empty
             where the exits share the decoder's.
-
-    Raises:
-        BildError: see `check_decoder_options`.
     """
 
-    def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None):
-        check_decoder_options(cfg)
-        super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
-        self.exit_layers = parse_exit_layers(cfg.exit_layers)
+    def add_exits(self, exit_layers: Sequence[int], share_output_projection: bool) -> None:
+        """Makes the heads, as copies of the decoder's own."""
+        self.exit_layers = list(exit_layers)
         self.exit_layer_norms = nn.ModuleDict()
         self.exit_output_projections = nn.ModuleDict()
         for key in map(str, self.exit_layers):
             if self.layer_norm is not None:
                 self.exit_layer_norms[key] = copy.deepcopy(self.layer_norm)
-            if not cfg.exit_share_output_projection:
+            if not share_output_projection:
                 self.exit_output_projections[key] = copy.deepcopy(self.output_projection)
 
     def check_exit(self, exit_layer: int) -> None:
@@ -124,9 +132,7 @@ class EarlyExitTransformerDecoder(TransformerDecoderBase):
         norm = self.exit_layer_norm(exit_layer)
         features = inner_state if norm is None else norm(inner_state)
         features = features.transpose(0, 1)  # (batch, time, dim)
-        if self.project_out_dim is not None:
-            features = self.project_out_dim(features)
-        return self.exit_output_projection(exit_layer)(features)
+        return self.project_to_vocabulary(features, self.exit_output_projection(exit_layer))
 
     def fill_missing_exits(self, state_dict: dict[str, Tensor], name: str) -> None:
         """Completes the checkpoint of a plain model, in place, so that it loads strictly.
@@ -155,3 +161,22 @@ class EarlyExitTransformerDecoder(TransformerDecoderBase):
                 "the checkpoint has no %s; they start as copies of its final layer norm and output projection",
                 ", ".join(filled),
             )
+
+
+class EarlyExitTransformerDecoder(ExitHeads, TransformerDecoderBase):
+    """fairseq's decoder plus one head for each exit; at full depth it is fairseq's decoder.
+
+    Raises:
+        BildError: see `check_decoder_options`.
+    """
+
+    def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None):
+        check_decoder_options(cfg)
+        super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
+        self.add_exits(parse_exit_layers(cfg.exit_layers), cfg.exit_share_output_projection)
+
+    def project_to_vocabulary(self, features: Tensor, projection: nn.Module) -> Tensor:
+        """Scores of the next token, (..., vocab), from the output of a final norm, (..., dim)."""
+        if self.project_out_dim is not None:
+            features = self.project_out_dim(features)
+        return projection(features)

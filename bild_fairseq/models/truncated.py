@@ -2,14 +2,16 @@
 
 import copy
 
+from fairseq.models import FairseqEncoderDecoderModel
 from fairseq.models.transformer import TransformerDecoderBase, TransformerModelBase
 from torch import nn
 
 from ..errors import BildError
-from .exits import EarlyExitTransformerDecoder
+from .early_exit_t5 import EarlyExitT5Model, t5_exit_model
+from .exits import EarlyExitTransformerDecoder, ExitHeads
 
 
-def exit_model(model: nn.Module, exit_layer: int) -> TransformerModelBase:
+def exit_model(model: nn.Module, exit_layer: int) -> FairseqEncoderDecoderModel:
     """The first `exit_layer` decoder layers of an early-exit model, with that exit's head.
 
     Args:
@@ -17,16 +19,18 @@ def exit_model(model: nn.Module, exit_layer: int) -> TransformerModelBase:
         exit_layer: one of ``model.decoder.exit_layers``.
 
     Returns:
-        A stock Transformer with `model`'s own encoder and a stock decoder. It shares parameters
-        and modules with `model`: moving, casting or training one does so to the other.
+        A stock Transformer, or a plain T5, with `model`'s own encoder. It shares parameters and
+        modules with `model`: moving, casting or training one does so to the other.
 
     Raises:
         BildError: `model` has no exits, or none at `exit_layer`.
     """
     full = getattr(model, "decoder", None)
-    if not isinstance(full, EarlyExitTransformerDecoder):
+    if not isinstance(full, ExitHeads):
         raise BildError(f"the model has no exits ({type(model).__name__}): it is not of an early_exit_* architecture")
     full.check_exit(exit_layer)
+    if isinstance(model, EarlyExitT5Model):
+        return t5_exit_model(model, exit_layer)
     decoder = _truncated_decoder(full, exit_layer)
     small = TransformerModelBase(decoder.cfg, model.encoder, decoder)
     small.training = model.training

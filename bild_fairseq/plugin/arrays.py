@@ -21,7 +21,7 @@ def stand_ins() -> list[tuple[Any, str]]:
         for core in ("core", "_core")  # NumPy 2 renamed it; checkpoints name what their NumPy had
         for name, function in (("scalar", _scalar), ("_reconstruct", _begin_array))
     ]
-    return [(_NumberType, "numpy.dtype"), (NumberArray, "numpy.ndarray"), *functions]
+    return [(_NumberType, "numpy.dtype"), (NumberArray, "numpy.ndarray"), (_no_bytes, "builtins.bytes"), *functions]
 
 
 class _NumberType:
@@ -64,8 +64,12 @@ def _begin_array(*_: Any) -> NumberArray:
     return NumberArray()
 
 
+def _no_bytes() -> bytes:
+    """The data of an empty array, which pickles call by this name."""
+    return b""
+
+
 def _as_bytes(data: Any) -> bytes:
-    if not isinstance(data, (bytes, str)):
+    if not isinstance(data, bytes):
         raise pickle.UnpicklingError("numbers that are no bytes")
-    # Pickles of protocol 2 hold bytes as text.
-    return data.encode("latin-1") if isinstance(data, str) else data
+    return data

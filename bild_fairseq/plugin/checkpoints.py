@@ -139,8 +139,7 @@ def check_content(state: Any) -> None:
 def _model_options(state: dict) -> dict[str, Any]:
     if isinstance(state.get("args"), argparse.Namespace):
         return vars(state["args"])
-    config = state.get("cfg")
-    options = config.get("model") if isinstance(config, Mapping) else None
+    options = _option(state.get("cfg"), "model")
     if options is None:
         raise BildError("it holds no options of its model (an entry args, or model in an entry cfg)")
     return vars(options) if isinstance(options, argparse.Namespace) else dict(options)
@@ -224,11 +223,14 @@ def _begins_with(dictionary: Dictionary, beginning: Dictionary) -> bool:
 
 
 def _task_options(state: dict) -> Any:
-    return state["args"] if state.get("args") is not None else state["cfg"].get("task")
+    return state["args"] if state.get("args") is not None else _option(state["cfg"], "task")
 
 
 def _option(options: Any, name: str) -> Any:
-    return options.get(name) if isinstance(options, Mapping) else getattr(options, name, None)
+    """An option, of a configuration of any age; None where it is not."""
+    if isinstance(options, Mapping):
+        return options[name] if name in options else None
+    return getattr(options, name, None)
 
 
 def check_positions(small: Sequence[nn.Module], source_limit: int) -> None:

@@ -67,9 +67,10 @@ def _misfit(text: str) -> str:
     if mismatches:
         name, have, want = mismatches[0]
         found.append(f"{name} is {_shape(have)}, not {_shape(want)}{_and_more(mismatches)}")
-    return "its weights are not those of the model that its options describe: " + (
-        "; ".join(found) or text.splitlines()[-1].strip()[:200]
-    )
+    uncopied = re.findall(r'the parameter named "([^"]*)"', text)
+    if uncopied:
+        found.append(f"{uncopied[0]} is of another kind{_and_more(uncopied)}")
+    return "its weights are not those of the model that its options describe: " + "; ".join(found)
 
 
 def _shape(sizes: str) -> str:

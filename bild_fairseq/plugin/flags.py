@@ -88,7 +88,7 @@ class BildGenerationConfig(GenerationConfig):
         default="same",
         metadata={
             "help": "weights of the small model's matrices, where they are to differ: a small model in int8 drafts "
-            "faster for a large one in float32, whose judgement stays what it is (default: same)"
+            "faster for a large one in float32, which verifies as exactly as ever (default: same)"
         },
     )
     bild_stats: Optional[str] = field(

@@ -1,12 +1,14 @@
-"""The seam to fairseq: every place where this package reaches into fairseq's own programs.
+"""Every place where this package reaches into fairseq's own programs, installed by :func:`install`.
 
-``fairseq-generate`` imports the user directory before it builds its parser, so what :func:`install` puts in place
-is there in time. It relies on the following, and ``tests/test_plugin.py`` fails if fairseq moves:
+``fairseq-generate`` imports the user directory before it builds its parser, so what is put in place here is there in
+time. It relies on the following, and ``tests/plugin/test_plugin.py`` fails if fairseq moves:
 
 - ``fairseq.options.GenerationConfig`` is the dataclass that the parser's generation flags come from;
 - ``FairseqConfig.generation`` holds the same class (0.12.3) or an instance of it (0.12.2), for Hydra's store;
 - the programs call ``options.parse_args_and_arch`` by attribute, and ``FairseqTask.build_generator``;
-- ``checkpoint_utils.load_checkpoint_to_cpu`` is what reads every checkpoint.
+- ``checkpoint_utils.load_checkpoint_to_cpu`` is what reads every checkpoint, with ``_upgrade_state_dict``, and
+  ``checkpoint_utils.load_model_ensemble_and_task`` what makes models of them;
+- encoder layers with a fast path decide by their attribute ``can_use_fastpath`` whether to take it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import fairseq.dataclass.configs
 from fairseq import checkpoint_utils, options, tasks, utils
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.dataclass.initialize import hydra_init
+from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from fairseq.sequence_generator import SequenceGenerator
 from fairseq.sequence_scorer import SequenceScorer
 from fairseq.tasks import FairseqTask
@@ -47,6 +50,7 @@ def install() -> None:
     _install_loading()
     _install_flags()
     _install_generators()
+    _switch_off_encoder_fast_path()
     sys.excepthook = _one_line_errors(sys.excepthook)
 
 
@@ -201,6 +205,18 @@ def _build(task: FairseqTask, models: Sequence[nn.Module], args: Any, extra: dic
         symbols_to_strip_from_output=extra.get("symbols_to_strip_from_output"),
         stats_path=option(args, "bild_stats"),
     )
+
+
+def _switch_off_encoder_fast_path() -> None:
+    """Makes every fairseq encoder layer compute as it does in training.
+
+    Once loaded, the post-norm encoder layers of fairseq 0.12.2 call a private fused kernel of PyTorch, without the
+    mask type that PyTorch has asked for since 1.13, and fail on any padded batch (fairseq issue 4858). Other versions
+    of fairseq have no such path and stay as they are.
+    """
+    if "can_use_fastpath" in TransformerEncoderLayerBase.__init__.__code__.co_names:
+        # Layers assign the attribute in their constructor, so the class takes no notice of that.
+        TransformerEncoderLayerBase.can_use_fastpath = property(lambda layer: False, lambda layer, value: None)
 
 
 def source_lengths(net_input: dict[str, Any], pad: int) -> Tensor:

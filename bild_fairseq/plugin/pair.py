@@ -31,7 +31,7 @@ from ..engines.choose import engine_for
 from ..engines.precision import PRECISIONS
 from ..engines.readers import combined
 from ..errors import BildError
-from ..models.exits import EarlyExitTransformerDecoder
+from ..models.exits import ExitHeads
 from .checkpoints import check_positions, load_large, load_small
 from .flags import option, small_overrides, small_paths
 
@@ -236,7 +236,7 @@ def _load_drafting(
 
 def has_exits(models: Sequence[nn.Module]) -> bool:
     """Whether every model is an early-exit one."""
-    return all(isinstance(getattr(model, "decoder", None), EarlyExitTransformerDecoder) for model in models)
+    return all(isinstance(getattr(model, "decoder", None), ExitHeads) for model in models)
 
 
 def lowest_exit(models: Sequence[nn.Module]) -> int:

@@ -7,17 +7,15 @@ and fine-tune", Shleifer and Rush, *Pre-trained Summarization Distillation*, arX
 """
 
 import argparse
-import os
 import pathlib
 import re
-import sys
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+import torch
 
-import torch  # noqa: E402
-
-from bild_fairseq.plugin.checkpoints import allow_fairseq_globals  # noqa: E402
+from bild_fairseq.errors import BildError
+from bild_fairseq.plugin.checkpoints import read
+from bild_fairseq.plugin.files import replacing
 
 LAYER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.(.+)")
 
@@ -66,15 +64,16 @@ def main() -> None:
     parser.add_argument("--decoder-layers", type=int, required=True)
     args = parser.parse_args()
     keep = {"encoder": args.encoder_layers, "decoder": args.decoder_layers}
-    allow_fairseq_globals()
-    state = torch.load(args.large, map_location="cpu", weights_only=True)
+    try:
+        state = read(args.large)
+    except BildError as error:
+        raise SystemExit(f"shrink: {error}") from error
     state["model"] = shrink(state["model"], keep)
     state["last_optimizer_state"] = None
     describe(state.get("args"), keep)
     describe((state.get("cfg") or {}).get("model"), keep)
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, args.out)
+    with replacing(args.out) as temporary:
+        torch.save(state, temporary)
 
 
 if __name__ == "__main__":

@@ -326,6 +326,7 @@ def trained(programs, data, tmp_path_factory):
     best = ["--best-checkpoint-metric", "exit1_accuracy", "--maximize-best-checkpoint-metric"]
     steps = ["--optimizer", "adam", "--lr", 0.005, "--max-epoch", 24]
     steps += ["--lr-scheduler", "polynomial_decay", "--total-num-update", 360]
+    steps += ["--save-interval", 2, "--validate-interval", 2]  # epochs; saving takes as long as training
     logged = train(programs, data, folder, "early_exit_transformer_tiny", *EARLY_EXIT, *best, *steps)
     return folder, logged
 

@@ -100,11 +100,26 @@ def test_the_most_probable_words_by_hand(setting):
     assert log["teacher_kl"] == pytest.approx(wanted.item(), rel=2e-3)
 
 
-def test_the_teacher_reads_a_sentence_once(setting, monkeypatch):
+@pytest.fixture
+def teachers(monkeypatch):
+    """The models that criterions load from now on."""
+    loaded = []
+    load = checkpoint_utils.load_model_ensemble
+
+    def recorded(*args, **kwargs):
+        models, config = load(*args, **kwargs)
+        loaded.extend(models)
+        return models, config
+
+    monkeypatch.setattr(checkpoint_utils, "load_model_ensemble", recorded)
+    return loaded
+
+
+def test_the_teacher_reads_a_sentence_once(setting, teachers):
     criterion = setting.criterion(top=3)
+    (teacher,) = teachers
     calls = []
-    lprobs = criterion._teacher_lprobs
-    monkeypatch.setattr(criterion, "_teacher_lprobs", lambda *args: calls.append(1) or lprobs(*args))
+    teacher.register_forward_hook(lambda *_: calls.append(1))
     first = criterion(setting.student, setting.sample())[0]
     again = criterion(setting.student, setting.sample(range(5, -1, -1)))[0]
     assert len(calls) == 1
@@ -116,11 +131,11 @@ def test_a_model_has_nothing_to_learn_from_itself(setting):
     assert abs(log["teacher_kl"]) < 1e-3 < log["nll_loss"]
 
 
-def test_the_teacher_is_no_part_of_the_training(setting):
+def test_the_teacher_is_no_part_of_the_training(setting, teachers):
     """Nothing of it is trained, saved or switched to training mode with the criterion."""
     criterion = setting.criterion(1.0).train()
     assert not list(criterion.parameters()) and not criterion.state_dict()
-    (teacher,) = criterion._teacher
+    (teacher,) = teachers
     assert not any(module.training for module in teacher.modules())
     before = [parameter.clone() for parameter in teacher.parameters()]
     criterion(setting.student.train(), setting.sample())[0].backward()

@@ -327,7 +327,7 @@ def with_lstm() -> nn.Module:
         (lambda: with_decoder_class("extract_features"), "Custom computes extract_features"),
         (lambda: with_decoder_class("extract_features_scriptable"), "Custom computes extract_features_scriptable"),
         (lambda: with_decoder_class("output_layer"), "Custom computes output_layer"),
-        (with_layer_class, "Custom computes its forward pass"),
+        (with_layer_class, "Custom computes forward"),
         (with_foreign_layer, "layer of type Identity"),
         (with_lstm, "LSTMDecoder"),
     ],

@@ -73,6 +73,7 @@ def test_help_lists_every_flag_with_default_and_unit(corpus, program):
     expected = {
         "generator {beam,bild,greedy}": ["default: beam"],
         "bild-small-path": ["default: none"],
+        "bild-small-overrides": ["default: {}"],
         "bild-exit-layer": ["default: the lowest trained exit"],
         "bild-fallback-threshold": ["probability, 0 to 1", "default: 0.6"],
         "bild-rollback-threshold": ["nats, 0 to inf", "default: 2.0"],

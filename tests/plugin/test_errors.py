@@ -46,6 +46,11 @@ def message_of(function, *arguments):
         ({"bild_small_path": "small.pt", "bild_exit_layer": 1}, "--bild-small-path and --bild-exit-layer"),
         ({"bild_small_path": "nowhere/small.pt"}, "nowhere/small.pt"),
         ({"bild_small_path": os.pathsep.join([__file__, "nowhere.pt"])}, "nowhere.pt"),
+        ({"bild_small_path": USER_DIR}, "folder"),
+        ({"bild_small_path": __file__, "bild_small_overrides": "dropout"}, "--bild-small-overrides dropout"),
+        ({"bild_small_path": __file__, "bild_small_overrides": "[1]"}, "--bild-small-overrides [1]"),
+        ({"bild_small_path": __file__, "bild_small_overrides": "{1: 2}"}, "--bild-small-overrides {1: 2}"),
+        ({"bild_small_overrides": "{'dropout': 0.1}"}, "--bild-small-path"),
         ({"bild_stats": "nowhere/stats.json"}, "--bild-stats nowhere/stats.json"),
         ({"bild_stats": USER_DIR}, f"--bild-stats {USER_DIR}"),
     ],
@@ -68,6 +73,7 @@ def test_values_at_the_ends_of_the_ranges_are_accepted(chosen):
 
 FOR_BILD_ALONE = {
     "bild_small_path": __file__,
+    "bild_small_overrides": "{'dropout': 0.1}",
     "bild_fallback_threshold": 0.0,
     "bild_rollback_threshold": 0.0,
     "bild_max_draft": 3,
@@ -354,6 +360,9 @@ def test_program_with_a_bad_checkpoint(corpus, tmp_path, role, kind):
         ("--generator bild", "--bild-small-path"),
         ("--generator bild --bild-exit-layer 1", "--bild-exit-layer"),
         ("--generator greedy --bild-stats nowhere/stats.json", "--bild-stats"),
+        ("--generator greedy --model-overrides dropout=0", "--model-overrides dropout=0"),
+        ("--generator greedy --checkpoint-suffix=-shard7", "-shard7.pt: no such file"),
+        ("--generator greedy --checkpoint-shard-count 2", "_part0.pt: no such file"),
     ],
 )
 def test_program_with_bad_flags(corpus, flags, named):

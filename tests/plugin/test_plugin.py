@@ -1,6 +1,13 @@
-"""The seam to fairseq: what plugin.py relies on, and that it changes nothing else."""
+"""The seam to fairseq: what hooks.py relies on, that it changes nothing else, and how the package is found."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +76,38 @@ for read in (checkpoint_utils.load_model_ensemble, checkpoint_utils.load_model_e
         continue
     raise AssertionError("a checkpoint is read by another function")
 """
+MAKING = """
+import inspect, sys
+from fairseq import checkpoint_utils
+
+class Called(Exception):
+    pass
+
+def load(*args, **kwargs):
+    raise Called
+
+def raises(function):
+    try:
+        function([sys.argv[0]])
+    except Called:
+        return True
+
+parameters = list(inspect.signature(checkpoint_utils.load_model_ensemble_and_task).parameters)
+assert parameters == ["filenames", "arg_overrides", "task", "strict", "suffix", "num_shards", "state"], parameters
+checkpoint_utils._upgrade_state_dict = load
+assert raises(lambda paths: checkpoint_utils.load_checkpoint_to_cpu(*paths)), "another function upgrades checkpoints"
+checkpoint_utils.load_model_ensemble_and_task = load
+assert raises(checkpoint_utils.load_model_ensemble), "models are made by another function"
+"""
+FAST_PATH = """
+import inspect
+from fairseq.modules.transformer_layer import TransformerEncoderLayerBase as Layer
+
+if "can_use_fastpath" in Layer.__init__.__code__.co_names:
+    assert "self.can_use_fastpath" in inspect.getsource(Layer.forward)
+else:
+    assert "fastpath" not in inspect.getsource(Layer), "the fast path is chosen in another way"
+"""
 BUILDING = """
 import inspect
 from fairseq.sequence_generator import SequenceGenerator
@@ -89,11 +128,18 @@ assert "bild_fairseq" not in sys.modules
 
 @pytest.mark.parametrize(
     "code",
-    [GENERATION_FLAGS, PARSING, LOADING, BUILDING],
-    ids=["the flags' dataclass", "the parser", "the loading function", "build_generator"],
+    [GENERATION_FLAGS, PARSING, LOADING, MAKING, FAST_PATH, BUILDING],
+    ids=[
+        "the flags' dataclass",
+        "the parser",
+        "reading",
+        "making models",
+        "the encoder's fast path",
+        "build_generator",
+    ],
 )
 def test_fairseq_is_as_the_plugin_expects(corpus, code):
-    corpus.programs("python", code + NO_PLUGIN, corpus.large)
+    corpus.programs("python", code + NO_PLUGIN, corpus.large, environment=STOCK)
 
 
 def replaced():
@@ -102,6 +148,8 @@ def replaced():
         options.GenerationConfig,
         options.parse_args_and_arch,
         checkpoint_utils.load_checkpoint_to_cpu,
+        checkpoint_utils._upgrade_state_dict,
+        checkpoint_utils.load_model_ensemble_and_task,
         FairseqTask.build_generator,
         *(task.build_generator for task in tasks.TASK_REGISTRY.values()),
         generation.default,
@@ -115,6 +163,55 @@ def test_installing_twice_changes_nothing():
     assert BildGenerationConfig in before
     install()
     assert all(new is old for new, old in zip(replaced(), before, strict=True))
+
+
+REACHES = re.compile(
+    r"^\s*(?:fairseq|checkpoint_utils|options|tasks|task|utils|FairseqTask|FairseqConfig|Transformer\w+)(?:\.\w+)+ = ",
+    re.MULTILINE,
+)
+
+
+def test_only_the_hooks_reach_into_fairseq():
+    """No other module of the package puts something of its own in place of fairseq's."""
+    reaching = [path.name for path in Path(USER_DIR).rglob("*.py") if REACHES.search(path.read_text())]
+    assert reaching == ["hooks.py"]
+
+
+@pytest.mark.parametrize("arguments", [["-m", "bild_fairseq"], ["-mbild_fairseq", "ignored"]])
+def test_the_folder_is_printed_without_fairseq(tmp_path, arguments):
+    (tmp_path / "fairseq.py").write_text("raise AssertionError('imported')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(USER_DIR).parent)])}
+    command = [sys.executable, *arguments]
+    assert subprocess.check_output(command, cwd=tmp_path, env=environment, text=True) == f"{USER_DIR}\n"
+
+
+def test_another_module_started_with_m_loads_the_package(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/__init__.py").write_text("from bild_fairseq import BildGenerationConfig")
+    (tmp_path / "mine/__main__.py").write_text("from fairseq import options; print(options.GenerationConfig.__name__)")
+    environment = {**os.environ, "PYTHONPATH": str(Path(USER_DIR).parent)}
+    command = [sys.executable, "-m", "mine", "bild_fairseq"]
+    assert subprocess.check_output(command, cwd=tmp_path, env=environment, text=True) == "BildGenerationConfig\n"
+
+
+def test_a_wheel_holds_the_whole_package(tmp_path):
+    """Built from a copy, as pip builds one; the files in C are compiled where it is installed."""
+    root = Path(USER_DIR).parent
+    shutil.copytree(USER_DIR, tmp_path / "bild_fairseq", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        shutil.copy(root / name, tmp_path)
+    code = "from setuptools.build_meta import build_wheel; build_wheel('.')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        found = {name for name in file.namelist() if not name.split("/")[0].endswith(".dist-info")}
+        (metadata,) = [file.read(name).decode() for name in file.namelist() if name.endswith("/METADATA")]
+    assert found == {str(path.relative_to(tmp_path)) for path in tmp_path.glob("bild_fairseq/**/*") if path.is_file()}
+    assert any(name.endswith(".c") for name in found)
+    for line in (root / "requirements.txt").read_text().splitlines():
+        assert line.startswith("#") or f"Requires-Dist: {line}" in metadata
+    for extra in ("t5", "plot", "rouge"):
+        assert f"Provides-Extra: {extra}\n" in metadata
 
 
 def test_hydra_knows_the_flags():
@@ -141,6 +238,7 @@ def test_flags_reach_the_generation_config(corpus):
     given = {
         "generator": "bild",
         "bild_small_path": str(corpus.small),
+        "bild_small_overrides": "{'dropout': 0.0}",
         "bild_fallback_threshold": 0.25,
         "bild_rollback_threshold": 0.0,
         "bild_max_draft": 3,
@@ -157,6 +255,7 @@ def test_flags_reach_the_generation_config(corpus):
     assert parsed("get_generation_parser") == {
         "generator": "beam",
         "bild_small_path": None,
+        "bild_small_overrides": "{}",
         "bild_exit_layer": None,
         "bild_fallback_threshold": 0.6,
         "bild_rollback_threshold": 2.0,

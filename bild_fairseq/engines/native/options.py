@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoder, TransformerEncoderBase
-from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+from fairseq.models.transformer import TransformerDecoderBase
+from fairseq.modules import gelu
 from torch import nn
 
+from ..supported import unsupported_encoder
 from .build import library
 
-_ACTIVATIONS = {"relu": 1, "gelu": 2}
+_ACTIVATIONS = ((torch.relu, 1), (F.relu, 1), (gelu, 2), (F.gelu, 2))
 
 
 def missing_option(module: nn.Module) -> str | None:
     """Why an encoder or a decoder that the package supports cannot be run in C; None if it can."""
+    decodes = isinstance(module, TransformerDecoderBase)
+    reason = None if decodes else unsupported_encoder(module)
+    if reason is not None:
+        return reason
     layers = list(module.layers)
     if not layers:
         return "no layers"
-    decodes = isinstance(module, TransformerDecoderBase)
     checks = {
         "no C kernels": library() is None,
-        "an encoder that is not fairseq's own": not decodes and not _is_stock(module),
         "not on a CPU in float32": any(
             p.device.type != "cpu" or p.dtype is not torch.float32 for p in module.parameters()
         ),
@@ -37,7 +38,7 @@ def missing_option(module: nn.Module) -> str | None:
         "a norm without weights": any(
             part.weight is None for part in module.modules() if isinstance(part, nn.LayerNorm)
         ),
-        "layers that differ": len({(layer.self_attn.num_heads, layer.fc1.out_features) for layer in layers}) != 1,
+        "layers that differ": len({_shape(layer) for layer in layers}) != 1,
         "NormFormer scales": any(
             getattr(layer, name, None) is not None
             for layer in layers
@@ -48,29 +49,11 @@ def missing_option(module: nn.Module) -> str | None:
     return next((reason for reason, present in checks.items() if present), None)
 
 
+def _shape(layer: nn.Module) -> tuple[object, ...]:
+    """What has to be the same in all layers."""
+    return layer.self_attn.num_heads, layer.fc1.out_features, layer.normalize_before, activation(layer)
+
+
 def activation(layer: nn.Module) -> int | None:
     """The number that ``transformer.c`` has for a layer's activation; None if it has none."""
-    function = layer.activation_fn
-    names = {torch.relu: "relu", F.relu: "relu"}
-    return _ACTIVATIONS.get(names.get(function, getattr(function, "__name__", "")))
-
-
-def _is_stock(encoder: nn.Module) -> bool:
-    """Whether an encoder computes what fairseq's own does."""
-    if not isinstance(encoder, TransformerEncoderBase):
-        return False
-    for name in ("forward", "forward_scriptable", "forward_embedding"):
-        stock = (getattr(TransformerEncoderBase, name), getattr(TransformerEncoder, name))
-        if getattr(type(encoder), name) not in stock:
-            return False
-    return all(_is_stock_layer(layer) for layer in encoder.layers)
-
-
-def _is_stock_layer(layer: Any) -> bool:
-    return (
-        isinstance(layer, TransformerEncoderLayerBase)
-        and type(layer).forward is TransformerEncoderLayerBase.forward
-        and not getattr(layer.self_attn, "use_xformers", False)
-        and layer.self_attn.bias_k is None
-        and not layer.self_attn.add_zero_attn
-    )
+    return next((number for function, number in _ACTIVATIONS if layer.activation_fn is function), None)

@@ -580,7 +580,7 @@ static int64_t argmax(const float *numbers, int64_t n) {
     return best;
 }
 
-/* The most probable token after a row's token at a position. Leaves of the logits what the constraints allow. */
+/* The best token after a row's token at a position. Leaves of the logits what the constraints allow. */
 static Prediction best_token(const Constraints *c, int64_t row, int64_t position, float *logits, int64_t out,
                              float log_normalizer) {
     constrain(c, row, position, logits, out);

@@ -1,0 +1,156 @@
+"""A proof that an engine computes what its model does: both run on a few random tokens and must agree.
+
+The model runs as stock fairseq generates with it, token by token, up to the log-probabilities. The engine reads the
+same tokens in several passes, each of several tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BildError
+from .base import Engine, Pass, State
+from .precision import rounded_copy
+
+_SOURCES = (5, 2, 4)  # tokens of each source, the end symbol included
+_TARGETS = (6, 3, 5)  # tokens that the decoder reads of each sentence
+# How many of them a first pass reads. The layers above an exit go on where the layers below have read all.
+_FIRST, _FIRST_ABOVE = (4, 1, 2), (2, 3, 1)
+
+# How much two ways to compute the same log-probabilities may differ, as a share of the largest logit.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+# For each sentence the float32 log-probabilities (tokens, vocab) after each of its tokens.
+Predictions = list[Tensor]
+
+
+@torch.no_grad()
+def prove(engine: Engine, model: nn.Module, precision: str, role: str) -> None:
+    """Compares an engine with its model, at full depth, at every exit, and in the layers above every exit.
+
+    A sentence for which the model gives something that is no number, as after a weight that is none, proves nothing.
+
+    Args:
+        engine: made from the model.
+        model: in eval mode; it is left as it is.
+        precision: that the engine's weights are rounded to; the model is compared with its weights rounded likewise.
+        role: what messages call the model: ``"large"``, ``"small"``.
+
+    Raises:
+        BildError: they differ by more than rounding, so text would be wrong.
+    """
+    tolerance = _TOLERANCE[next(model.parameters()).dtype]
+    net_input, tokens = _random_batch(model)
+    exits = [depth for depth in getattr(model.decoder, "exit_layers", ()) if depth < engine.depth]
+    expected = _generate(rounded_copy(model, precision), net_input, tokens, exits)
+    for depth, where, found in _readings(engine, net_input, tokens, exits):
+        if not _agree(found, *expected[depth], tolerance):
+            raise BildError(
+                f"the {role} model ({type(model).__name__}) cannot be decoded exactly: its forward pass computes "
+                f"something else than its weights say{where}"
+            )
+
+
+def _random_batch(model: nn.Module) -> tuple[dict[str, Any], list[list[int]]]:
+    """Sources as fairseq collates them, and what the decoder reads; the same ones every time."""
+    rng = random.Random(0)
+    device = next(model.parameters()).device
+    dictionary = model.decoder.dictionary
+
+    def draw(count: int, module: nn.Module) -> list[int]:
+        """Words, the unknown one among them, that a module has embeddings of."""
+        embeddings = getattr(getattr(module, "embed_tokens", None), "num_embeddings", len(dictionary))
+        words = max(0, min(embeddings, len(dictionary)) - dictionary.nspecial)
+        drawn = [rng.randint(0, words) for _ in range(count)]
+        return [dictionary.nspecial + word - 1 if word else dictionary.unk() for word in drawn]
+
+    lengths = [min(length, model.encoder.max_positions()) for length in _SOURCES]
+    source = torch.full((len(lengths), max(lengths)), dictionary.pad())
+    for row, length in enumerate(lengths):
+        source[row, max(lengths) - length :] = torch.tensor([*draw(length - 1, model.encoder), dictionary.eos()])
+    targets = [min(length, model.max_decoder_positions()) for length in _TARGETS]
+    tokens = [[dictionary.eos(), *draw(length - 1, model.decoder)] for length in targets]
+    return {"src_tokens": source.to(device), "src_lengths": torch.tensor(lengths, device=device)}, tokens
+
+
+def _generate(
+    model: nn.Module, net_input: dict[str, Any], tokens: Sequence[Sequence[int]], exits: Sequence[int]
+) -> dict[int, tuple[Predictions, float]]:
+    """By depth, what stock fairseq computes when it generates the tokens, and the size of the largest logit."""
+    decoder, depth = model.decoder, len(model.decoder.layers)
+    width = max(map(len, tokens))
+    padded = [[*one, *[decoder.dictionary.pad()] * (width - len(one))] for one in tokens]
+    previous = torch.tensor(padded, device=net_input["src_tokens"].device)
+    encoded = model.encoder.forward_torchscript(net_input)
+    incremental_state: dict[str, Any] = {}
+    # By depth, for each position the logits and log-probabilities (batch, vocab).
+    steps: dict[int, list[tuple[Tensor, Tensor]]] = {one: [] for one in (*exits, depth)}
+    for length in range(1, width + 1):
+        logits, extra = decoder.forward(previous[:, :length], encoder_out=encoded, incremental_state=incremental_state)
+        lprobs = model.get_normalized_probs((logits[:, -1:].clone(), extra), log_probs=True, sample=None)
+        steps[depth].append((logits[:, -1], lprobs[:, -1]))
+        for one in exits:
+            logits = decoder.exit_logits(extra["inner_states"][one], one)[:, -1]
+            steps[one].append((logits, logits.float().log_softmax(dim=-1)))
+    return {one: _predictions(pairs, [len(row) for row in tokens]) for one, pairs in steps.items()}
+
+
+def _predictions(steps: Sequence[tuple[Tensor, Tensor]], lengths: Sequence[int]) -> tuple[Predictions, float]:
+    """Log-probabilities of every position but those beyond the end of a sentence, and the size of the largest logit."""
+    logits, lprobs = (torch.stack(kind, dim=1).float() for kind in zip(*steps, strict=True))  # (batch, length, vocab)
+    largest = float(logits[logits.isfinite()].abs().amax()) if logits.isfinite().any() else 0.0
+    return [row[:length] for row, length in zip(lprobs, lengths, strict=True)], max(1.0, largest)
+
+
+def _readings(
+    engine: Engine, net_input: dict[str, Any], tokens: Sequence[Sequence[int]], exits: Sequence[int]
+) -> Iterator[tuple[int, str, Predictions]]:
+    """The depths that an engine predicts at, in words where that is, and its log-probabilities there."""
+    yield engine.depth, "", _read(engine, engine.start(net_input), tokens, (0, engine.depth), _FIRST)
+    for depth in exits:
+        state = engine.start(net_input)
+        yield depth, f" at exit layer {depth}", _read(engine, state, tokens, (0, depth), _FIRST, keep=True)
+        above = _read(engine, state, tokens, (depth, engine.depth), _FIRST_ABOVE)
+        yield engine.depth, f" above exit layer {depth}", above
+
+
+def _read(
+    engine: Engine,
+    state: State,
+    tokens: Sequence[Sequence[int]],
+    layers: tuple[int, int],
+    first: Sequence[int],
+    keep: bool = False,
+) -> Predictions:
+    """An engine's log-probabilities, read in two passes.
+
+    Args:
+        layers, keep: as in a :class:`~bild_fairseq.engines.base.Pass`.
+        first: how many tokens of each sentence the first pass reads.
+    """
+    found: list[list[Tensor]] = [[] for _ in tokens]
+    middle = [min(count, len(one)) for count, one in zip(first, tokens, strict=True)]
+    for starts, ends in (([0] * len(tokens), middle), (middle, [len(one) for one in tokens])):
+        rows = [row for row in range(len(tokens)) if ends[row] > starts[row]]
+        if rows:
+            chunks = [tokens[row][starts[row] : ends[row]] for row in rows]
+            step = Pass(rows, [starts[row] for row in rows], chunks, layers, "all", keep)
+            logits, normalizers = engine.run(state, step)
+            lprobs = logits - normalizers[:, None]
+            for row, part in zip(rows, lprobs.split([len(chunk) for chunk in chunks]), strict=True):
+                found[row].append(part)
+    return [torch.cat(parts) for parts in found]
+
+
+def _agree(found: Predictions, expected: Predictions, largest: float, tolerance: float) -> bool:
+    """Whether what an engine found is what the model gives, in all sentences where that is a number."""
+    return all(
+        one.shape == other.shape and bool(((one - other).abs().le(tolerance * largest) | (one == other)).all())
+        for one, other in zip(found, expected, strict=True)
+        if not other.isnan().any()
+    )
