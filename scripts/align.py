@@ -27,23 +27,6 @@ from typing import Any
 
 import numpy
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from common import (
-    Scorer,
-    System,
-    add_score_arguments,
-    add_search_arguments,
-    file_digest,
-    load_model,
-    measure,
-    ours,
-    quiet,
-    ratio,
-    search_options,
-    write_atomically,
-)
 from fairseq import options, tasks, utils
 from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 from fairseq.data import FairseqDataset, LanguagePairDataset, ListDataset, indexed_dataset
@@ -55,6 +38,13 @@ import bild_fairseq
 from bild_fairseq.decoding.counters import total
 from bild_fairseq.decoding.decode import Policy
 from bild_fairseq.errors import BildError
+from bild_fairseq.experiments.arguments import add_score_arguments, add_search_arguments, score_options, search_options
+from bild_fairseq.experiments.commandline import quiet, run
+from bild_fairseq.experiments.data import load_model, make_batches
+from bild_fairseq.experiments.files import file_digest, write_atomically
+from bild_fairseq.experiments.scoring import Scorer
+from bild_fairseq.experiments.systems import System, ours
+from bild_fairseq.experiments.timing import measure, ratio
 from bild_fairseq.plugin.checkpoints import load_small
 
 USER_DIR = bild_fairseq.__path__[0]
@@ -227,7 +217,7 @@ class Alignment:
         self.data = self.calibration / "data-bin"
         self._writer: System | None = None
         try:
-            large = load_model(str(args.large), self.task, args)
+            large = load_model(str(args.large), self.task, cuda=args.cuda)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise BildError(f"--large {args.large}: does not fit {args.data}: {reason}") from error
@@ -240,9 +230,7 @@ class Alignment:
         self.model_flags = model_flags(self.small_config)
         self.train_flags()
         self.report_ids = self._sample(args.valid_subset, args.sentences)
-        self.scorer = Scorer(
-            self.task, argparse.Namespace(**{**vars(args), "subset": args.valid_subset}), self.report_ids
-        )
+        self.scorer = Scorer(self.task, args.valid_subset, self.report_ids, score_options(args))
 
     def run(self) -> dict[str, Any]:
         """All steps that are not done yet; returns the report."""
@@ -388,7 +376,7 @@ class Alignment:
             seconds, and how much faster than lean greedy, with a 95 % interval.
         """
         args, task = self.args, self.task
-        large = load_model(str(args.large), task, args)
+        large = load_model(str(args.large), task, cuda=args.cuda)
         paths = {"before": args.small, "after": args.out}
         small = {name: load_small([str(path)], task, large) for name, path in paths.items()}
         outputs = task_like(task, self.data)
@@ -406,7 +394,9 @@ class Alignment:
             for setting, policy in policies.items()
             for name, models in small.items()
         }
-        measure([greedy, *systems.values()], self._report_batches(), args, warmup=2)
+        dataset = task.dataset(args.valid_subset)
+        batches = make_batches(dataset, self.report_ids, args.batch_size, cuda=args.cuda)
+        measure([greedy, *systems.values()], batches, cuda=args.cuda, warmup=2)
         report: dict[str, Any] = {
             "quality": self.scorer.name,
             "agreement": agreements,
@@ -422,15 +412,6 @@ class Alignment:
                 "differ_from_greedy": sum(system.outputs[i] != greedy.outputs[i] for i in greedy.outputs),
             }
         return report
-
-    def _report_batches(self) -> list[dict[str, Any]]:
-        """Batches of sentences of like length, in random order so that no system meets them sorted."""
-        dataset = self.task.dataset(self.args.valid_subset)
-        ids = sorted(self.report_ids, key=lambda i: (dataset.src_sizes[i], i))
-        groups = [ids[i : i + self.args.batch_size] for i in range(0, len(ids), self.args.batch_size)]
-        random.Random(0).shuffle(groups)
-        batches = [dataset.collater([dataset[i] for i in group]) for group in groups]
-        return [utils.move_to_cuda(batch) for batch in batches] if self.args.cuda else batches
 
     def _sources(self) -> list[Path]:
         found = []
@@ -460,7 +441,7 @@ class Alignment:
         """Has the large model write its outputs for some sources: a JSON list of token numbers for each."""
         args = self.args
         if self._writer is None:
-            large = load_model(str(args.large), self.task, args)
+            large = load_model(str(args.large), self.task, cuda=args.cuda)
             self._writer = ours("greedy", [large], self.task, search_options(args), alone=True)
         by_size = numpy.array(sorted(ids, key=lambda i: dataset.src_sizes[i]))
         outputs: dict[int, list[int]] = {}
@@ -758,9 +739,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BildError as error:
-        sys.exit(f"align: {error}")
-    except KeyboardInterrupt:
-        sys.exit("align: interrupted; the same command goes on from here")
+    run("align", main, "interrupted; the same command goes on from here")

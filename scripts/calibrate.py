@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import random
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,42 +23,29 @@ from typing import Any
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from common import (
-    Method,
-    Scorer,
-    add_data_arguments,
-    add_method_arguments,
-    add_score_arguments,
-    add_search_arguments,
-    bootstrap_weights,
-    check_sources,
-    device_name,
-    difference,
-    load,
-    load_methods,
-    make_batches,
-    measure,
-    origin_of,
-    parse_drafts,
-    parse_fallbacks,
-    parse_rollbacks,
-    quality_change,
-    quiet,
-    ratio,
-    search_options,
-    system_of,
-    write_atomically,
-)
 from fairseq.tasks import FairseqTask
-from simulate import Missing, Recorder, walk
 from tqdm import tqdm
 
 from bild_fairseq.decoding.counters import Counters
 from bild_fairseq.decoding.decode import Policy
 from bild_fairseq.errors import BildError
+from bild_fairseq.experiments.arguments import (
+    add_data_arguments,
+    add_score_arguments,
+    add_search_arguments,
+    score_options,
+    search_options,
+)
+from bild_fairseq.experiments.commandline import quiet, run
+from bild_fairseq.experiments.data import check_sources, device_name, first_sentences, load, make_batches
+from bild_fairseq.experiments.files import write_atomically
+from bild_fairseq.experiments.methods import Method, add_method_arguments, load_methods
+from bild_fairseq.experiments.origin import difference, origin_of
+from bild_fairseq.experiments.recorded import Missing, Recorder, walk
+from bild_fairseq.experiments.scoring import Scorer, bootstrap_weights, quality_change
+from bild_fairseq.experiments.settings import parse_drafts, parse_fallbacks, parse_rollbacks
+from bild_fairseq.experiments.systems import system_of
+from bild_fairseq.experiments.timing import measure, ratio
 from bild_fairseq.plugin.generator import BildGenerator
 
 TURN = 10  # sentences that a system translates before the next one's turn
@@ -164,7 +150,7 @@ def fit_costs(
     apart = [Policy(0.0, math.inf, 10), Policy(0.6, 2.0, 10), Policy(0.9, 0.0, 20, verify_end=True)]
     alone = system_of("greedy", greedy)
     systems = [alone, *(system_of(str(policy), bild, policy) for policy in apart)]
-    measure(systems, batches, args, warmup=2, turn=TURN)
+    measure(systems, batches, cuda=args.cuda, warmup=2, turn=TURN)
     seconds = [value for system in systems for value in system.seconds]
     return CostModel(seconds, [one for system in systems for one in system.counters])
 
@@ -354,7 +340,14 @@ def verify(
     alone = system_of("greedy", greedy)
     systems = [system_of(str(policy), bild, policy) for policy in found]
     with tqdm(total=len(batches), unit="sentence", desc=f"running {len(found)} settings", disable=None) as bar:
-        measure([alone, *systems], batches, args, warmup=2, turn=TURN, progress=lambda done: bar.update(done - bar.n))
+        measure(
+            [alone, *systems],
+            batches,
+            cuda=args.cuda,
+            warmup=2,
+            turn=TURN,
+            progress=lambda done: bar.update(done - bar.n),
+        )
     theirs = scorer.statistics(alone.outputs)
     weights = bootstrap_weights(len(theirs))
     rows = []
@@ -388,9 +381,9 @@ def flags(policy: Policy) -> str:
 def choose(task: FairseqTask, method: Method, args: argparse.Namespace, settings: Sequence[Policy]) -> dict[str, Any]:
     """The whole search; returns what ``--json`` writes."""
     search = search_options(args)
-    batches = make_batches(task, args, 1)
-    ids = sorted(i for batch in batches for i in batch["id"].tolist())
-    scorer = Scorer(task, args, ids)
+    ids = list(first_sentences(task, args.subset, args.sentences))
+    batches = make_batches(task.dataset(args.subset), ids, 1, cuda=args.cuda)
+    scorer = Scorer(task, args.subset, ids, score_options(args))
     recorder = Recorder(task, method, args, ids, args.batch_size)
     record = Record(args.record, recorder, origin_of(task, [method], args))
     greedy = method.greedy(task, search)
@@ -429,7 +422,7 @@ def main() -> None:
         raise BildError("thresholds belong to one pair of models: give one --small or one --early-exit")
     check_sources(task, args, [model for method in methods for model in (method.large, *method.small)])
     result = choose(task, methods[0], args, settings)
-    result |= {"device": device_name(args), "wall_seconds": time.monotonic() - started}
+    result |= {"device": device_name(args.cuda, args.threads), "wall_seconds": time.monotonic() - started}
     metric = result["metric"]
     for row in result["verified"]:
         policy = Policy(**{field.name: row[field.name] for field in dataclasses.fields(Policy)})
@@ -452,9 +445,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BildError as error:
-        sys.exit(f"calibrate: {error}")
-    except KeyboardInterrupt:
-        sys.exit("calibrate: interrupted; with --record the same command goes on where it stopped")
+    run("calibrate", main, "interrupted; with --record the same command goes on where it stopped")

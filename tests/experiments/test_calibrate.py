@@ -1,4 +1,4 @@
-"""scripts/calibrate.py, scripts/simulate.py: walks are BiLD, costs are found again, the bound holds, end to end."""
+"""scripts/calibrate.py: walks are BiLD, costs are found again, the bound holds, end to end."""
 
 import json
 import math
@@ -17,8 +17,10 @@ from script_support import MemoryTask, refused, run_script, script
 
 from bild_fairseq.decoding.counters import Counters
 from bild_fairseq.decoding.decode import Policy
+from bild_fairseq.experiments import recorded as simulate
+from bild_fairseq.experiments.methods import Method
 
-calibrate, common, simulate = script("calibrate"), script("common"), script("simulate")
+calibrate = script("calibrate")
 
 EOS = support.symbols().eos()
 
@@ -77,26 +79,26 @@ LIMITS = st.sampled_from([{}, {"max_len_b": 3, "max_len_a": 0.5}, {"min_len": 5}
 def test_a_walk_is_what_bild_writes(policy, seed, kind, limits):
     """Tokens and every counter, for any pair of models, any policy and every limit."""
     large, small = support.pair(kind, seed)
-    assert_walks_are_bild(common.Method("two", large, "large.pt", (small,), "small.pt"), policy, seed, **limits)
+    assert_walks_are_bild(Method("two", large, "large.pt", (small,), "small.pt"), policy, seed, **limits)
 
 
 @given(policy=POLICIES, seed=st.integers(0, 3))
 def test_a_walk_over_an_early_exit_is_what_bild_writes(policy, seed):
     model = support.model(seed, arch="early_exit_transformer", exit_layers="1")
-    assert_walks_are_bild(common.Method("exit", model, "exit.pt", exit_layer=1), policy, seed)
+    assert_walks_are_bild(Method("exit", model, "exit.pt", exit_layer=1), policy, seed)
 
 
 def test_an_ensemble_drafts_as_one():
     large, small = support.pair("quarrelling", 0)
     other = support.related(large, 0.2, 7)
-    method = common.Method("ensemble", large, "large.pt", (small, other), "a.pt:b.pt")
+    method = Method("ensemble", large, "large.pt", (small, other), "a.pt:b.pt")
     assert_walks_are_bild(method, Policy(0.4, 2.0, 5), 2)
 
 
 def test_a_record_comes_back_from_json():
     """Restored predictions lead every walk to the same place, without a pass of the models."""
     large, small = support.pair("agreeing", 1)
-    method = common.Method("two", large, "large.pt", (small,), "small.pt")
+    method = Method("two", large, "large.pt", (small,), "small.pt")
     made, policy = recorder(method, sources(1)), Policy(0.4, 3.0, 5)
     wanted = walk_all(made, policy)
     again = recorder(method, sources(1))
@@ -154,7 +156,8 @@ def test_goes_on_from_its_record(corpus, tmp_path):
     """Stopped before the settings are run, it records nothing again; another bound needs no other record."""
     record = tmp_path / "record.json"
     code = (
-        "import runpy, sys, os; sys.path.insert(0, os.path.dirname(sys.argv[0])); import simulate, common\n"
+        "import runpy, sys; from bild_fairseq.experiments import recorded as simulate\n"
+        "from bild_fairseq.experiments import timing as common\n"
         "extend, times = simulate.Recorder.extend, []\n"
         "def counted(*args): times.append(1); return extend(*args)\n"
         "simulate.Recorder.extend = counted\n"

@@ -1,10 +1,9 @@
-"""scripts/sweep.py, scripts/common.py: a grid end to end, going on after an interruption, scores, bad input."""
+"""scripts/sweep.py: a grid end to end, going on after an interruption, scores, bad input."""
 
 import csv
 import json
 import math
 import random
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ import pytest
 import sacrebleu
 import support
 from cli_support import Corpus
-from script_support import SCRIPTS, MemoryTask, refused, run_script, script
+from script_support import SCRIPTS, MemoryTask, refused, run_script
 
 from bild_fairseq.errors import BildError
-
-common = script("common")
+from bild_fairseq.experiments.scoring import ScoreOptions, Scorer, quality_change
+from bild_fairseq.experiments.settings import parse_drafts, parse_policy, parse_rollbacks
 
 
 def arguments(corpus: Corpus, out: Path, *more: object) -> list[object]:
@@ -94,7 +93,7 @@ def test_goes_on_where_it_was_interrupted(corpus, tmp_path):
     """What is measured stays as it is, byte for byte; a wider grid adds its settings only."""
     out = tmp_path / "sweep"
     code = (
-        "import runpy, sys, os; sys.path.insert(0, os.path.dirname(sys.argv[0])); import common\n"
+        "import runpy, sys; from bild_fairseq.experiments import timing as common\n"
         "measure, calls = common.measure, []\n"
         "def interrupted(*args, **kwargs):\n"
         "    calls.append(1)\n"
@@ -155,8 +154,8 @@ def scorer(references: list[str], **options: object) -> Any:
     """A scorer for references in words of the dictionary."""
     words = support.symbols()
     targets = [[*(words.index(word) for word in line.split()), words.eos()] for line in references]
-    defaults = {"metric": "bleu", "bpe": "none", "reference": None, "subset": "valid"}
-    return common.Scorer(MemoryTask(targets, targets), Namespace(**{**defaults, **options}), range(len(targets)))
+    chosen = ScoreOptions(**{"bpe": "none", **options})
+    return Scorer(MemoryTask(targets, targets), "valid", range(len(targets)), chosen)
 
 
 def sentences(dice: random.Random, count: int, near: list[str] | None = None) -> list[str]:
@@ -206,17 +205,17 @@ def test_change_of_quality_is_paired():
     outputs = {i: [words.index(w) for w in line.split()] for i, line in enumerate(sentences(dice, 20, references))}
     judge = scorer(references)
     statistics = judge.statistics(outputs)
-    assert common.quality_change(judge, statistics, statistics) == (0, 0, 0)
+    assert quality_change(judge, statistics, statistics) == (0, 0, 0)
     better = judge.statistics({i: [words.index(w) for w in line.split()] for i, line in enumerate(references)})
-    change, low, high = common.quality_change(judge, better, statistics)
+    change, low, high = quality_change(judge, better, statistics)
     assert 0 < low < change < high
 
 
 def test_thresholds_are_read_as_meant():
-    policy = common.parse_policy("0.4,inf,end", 7)
+    policy = parse_policy("0.4,inf,end", 7)
     assert (policy.fallback_threshold, policy.rollback_threshold, policy.max_draft) == (0.4, math.inf, 7)
-    assert policy.verify_end and not common.parse_policy("0,0", 7).verify_end
-    assert common.parse_rollbacks("4,inf,1,4") == [1, 4, math.inf]
+    assert policy.verify_end and not parse_policy("0,0", 7).verify_end
+    assert parse_rollbacks("4,inf,1,4") == [1, 4, math.inf]
     for bad, message in (
         ("0.4", "write FALLBACK,ROLLBACK"),
         ("0.4,2,start", "write FALLBACK,ROLLBACK"),
@@ -225,6 +224,6 @@ def test_thresholds_are_read_as_meant():
         ("0.4,x", "rollback threshold 'x'"),
     ):
         with pytest.raises(BildError, match=message):
-            common.parse_policy(bad, 7)
+            parse_policy(bad, 7)
     with pytest.raises(BildError, match="draft length '0': must be a number of tokens, 1 or more"):
-        common.parse_drafts("5,0")
+        parse_drafts("5,0")

@@ -1,0 +1,179 @@
+"""The systems that ``scripts/benchmark.py`` compares."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from fairseq.tasks import FairseqTask
+
+from ..decoding.policies import Policy
+from ..errors import BildError
+from ..plugin.pair import Pair
+from .arguments import check_positive, search_options
+from .ctranslate2_system import ctranslate2_system
+from .pairs import parse_precision, with_exit
+from .settings import parse_policy
+from .systems import System, ours, stock
+
+DEFAULT_SETTING = "0.6,2"
+FOREIGN = ("ctranslate2-float32", "ctranslate2-int8")
+
+
+def add_system_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which systems are compared, and their settings."""
+    parser.add_argument(
+        "--systems",
+        help="which, joined by commas: fairseq, fairseq-beam5, greedy, small, bild, lossless, exit-full, exit-alone, "
+        "exit, exit-lossless, ctranslate2-float32, ctranslate2-int8 (default: all that the models allow, without "
+        "ctranslate2)",
+    )
+    parser.add_argument(
+        "--bild",
+        action="append",
+        metavar="FALLBACK,ROLLBACK[,end]",
+        help="thresholds of the bild system, with ',end' for --bild-verify-end; repeat for several (default: 0.6,2)",
+    )
+    parser.add_argument(
+        "--exit", action="append", metavar="FALLBACK,ROLLBACK[,end]", help="the same for the exit system"
+    )
+    parser.add_argument(
+        "--lossless-fallback", type=float, default=0.6, help="fallback threshold of the lossless system (default: 0.6)"
+    )
+    parser.add_argument("--max-draft", type=int, default=10)
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        help="weights of this package's systems: float32, float16, bfloat16, int8, or two of them joined by +, for the "
+        "large model and the small one; several, joined by commas, are compared (default: float32)",
+    )
+    parser.add_argument(
+        "--ctranslate2-threads",
+        type=int,
+        help="CTranslate2's threads, where another number suits it better (default: as --threads); it also reads "
+        "environment variables of its own, CT2_USE_MKL=0 for one",
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses what the flags of systems alone can tell.
+
+    Raises:
+        BildError: a threshold, precision or draft length is none, or a system is unknown or lacks its model.
+    """
+    chosen_systems(args)
+    precisions(args)
+    check_positive(args, "max_draft", "ctranslate2_threads")
+    policies([*(args.bild or ()), *(args.exit or ()), f"{args.lossless_fallback},0"], args.max_draft)
+
+
+def chosen_systems(args: argparse.Namespace) -> list[str]:
+    """The names of the systems that were asked for, or of all that the models allow.
+
+    Raises:
+        BildError: one is unknown, or its model was not given.
+    """
+    names = ["fairseq", "fairseq-beam5", "greedy"]
+    names += ["small", "bild", "lossless"] if args.small else []
+    names += ["exit-full", "exit-lossless", "exit-alone", "exit"] if args.early_exit else []
+    if not args.systems:
+        return names
+    names += FOREIGN
+    chosen = args.systems.split(",")
+    for name in chosen:
+        if name not in names:
+            raise BildError(f"--systems {name}: unknown, or its model was not given; there are {', '.join(names)}")
+    return chosen
+
+
+def policies(settings: Sequence[str] | None, max_draft: int) -> dict[str, Policy]:
+    """Thresholds as they are written, and what they mean; the default ones if there are none.
+
+    Raises:
+        BildError: as of :func:`~bild_fairseq.experiments.settings.parse_policy`.
+    """
+    return {setting: parse_policy(setting, max_draft) for setting in settings or [DEFAULT_SETTING]}
+
+
+def precisions(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
+    """The precisions of ``--precision`` as they are written, and those of the large and the small model.
+
+    Raises:
+        BildError: as of :func:`~bild_fairseq.experiments.pairs.parse_precision`.
+    """
+    return {text: parse_precision(text) for text in args.precision.split(",")}
+
+
+class Competition:
+    """The models to compare, and the systems made of them.
+
+    Args:
+        task: with its data.
+        args: as of ``scripts/benchmark.py``.
+        worker: the program that runs CTranslate2.
+
+    Raises:
+        BildError: a model cannot be loaded, does not fit the data or has no exits.
+    """
+
+    def __init__(self, task: FairseqTask, args: argparse.Namespace, worker: Path):
+        self._task, self._args, self._worker = task, args, worker
+        self._search = search_options(args)
+        self._precisions = precisions(args)
+        first, _ = next(iter(self._precisions.values()))
+        options = {"alone": True, "precision": first, "cuda": args.cuda, "fp16": args.fp16}
+        self._large = early = Pair.load(args.large, task=task, **options)
+        self._small = self._large.drafted_by(args.small, task) if args.small else None
+        if args.early_exit and args.early_exit != args.large:
+            early = Pair.load(args.early_exit, task=task, **options)
+        self._early = with_exit(early, args.exit_layer) if args.early_exit else None
+
+    def pairs(self) -> list[Pair]:
+        """All models that were given."""
+        return [pair for pair in (self._large, self._small, self._early) if pair is not None]
+
+    def systems(self, names: Sequence[str]) -> list[System]:
+        """The systems of some names, at every precision and setting that they can have."""
+        return [system for name in names for system in self._systems(name)]
+
+    def _systems(self, name: str) -> list[System]:
+        if name in FOREIGN:
+            return [self._ctranslate2(name)]
+        if name.startswith("fairseq"):
+            return [stock(self._large.large, self._task, 5 if name == "fairseq-beam5" else 1, self._search)]
+        if name == "greedy":
+            return self._ours("greedy", self._large)
+        pair = self._early if name.startswith("exit") else self._small
+        what = f"exit {pair.exit_layer}" if name.startswith("exit") else name
+        if name == "exit-full":
+            return self._ours("early-exit model, full depth", pair.greedy())
+        if name in ("small", "exit-alone"):
+            return self._ours(f"{what} alone", pair.small_alone())
+        if name in ("lossless", "exit-lossless"):
+            lossless = Policy(self._args.lossless_fallback, 0.0, self._args.max_draft, verify_end=True)
+            return self._ours("bild lossless" if pair.small else f"{what} lossless", pair, lossless)
+        settings = self._args.bild if pair.small else self._args.exit or self._args.bild
+        chosen = policies(settings, self._args.max_draft)
+        return [one for text, policy in chosen.items() for one in self._ours(f"{what} ({text})", pair, policy)]
+
+    def _ours(self, name: str, pair: Pair, policy: Policy | None = None) -> list[System]:
+        """A system of this package at every precision that it can have."""
+        made = []
+        for text, (precision, small_precision) in self._precisions.items():
+            if precision == small_precision or pair.small:
+                small = small_precision if pair.small else None
+                exact = dataclasses.replace(pair, precision=precision, small_precision=small)
+                title = name if text == "float32" else f"{name} {text}"
+                made.append(ours(title, exact, self._task, self._search, policy))
+        return made
+
+    def _ctranslate2(self, name: str) -> System:
+        args = self._args
+        options = {
+            "device": "cuda" if args.cuda else "cpu",
+            "compute_type": name.removeprefix("ctranslate2-"),
+            "threads": args.ctranslate2_threads or args.threads,
+        }
+        return ctranslate2_system(name, args.large, self._task, self._search, self._worker, options)
