@@ -21,6 +21,12 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fuzzers (tests/fuzz)")
+    group.addoption("--fuzz-seconds", type=float, default=20, help="how long each runs")
+    group.addoption("--fuzz-seed", type=int, default=0, help="the first seed; a fault is told with its own")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(1)
