@@ -11,6 +11,7 @@ import inspect
 import math
 import re
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ SPEECH = {"input_feat_per_channel": 8, "input_channels": 1, "conv_channels": 8, 
 SPEECH |= {"output_frame_dim": 8, "prenet_dim": 8, "postnet_conv_dim": 8, "target_speaker_embed": False}
 CONVOLUTIONS = {"encoder_layers": "[(16, 3)]", "decoder_layers": "[(16, 3)]", "decoder_attention": "True"}
 KERNELS = {"encoder_kernel_size_list": [3, 3], "decoder_kernel_size_list": [3, 3]}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 2, "num_decoder_layers": 2}
 # Options that a kind of model needs beyond the sizes, by the name of its class.
 OPTIONS = {
     "LightConvModel": KERNELS,
@@ -103,6 +105,8 @@ OPTIONS = {
     "RobertaEncDecModel": {"max_positions": 50},
     "BerardModel": {"lstm_size": 8, "num_blstm_layers": 1, "decoder_hidden_dim": 8, "decoder_num_layers": 1},
     "Tacotron2Model": {"decoder_lstm_dim": 8},
+    "T5Model": T5,
+    "EarlyExitT5Model": T5,
 }
 
 PRETRAINED = "reads the checkpoint of a pretrained model"
@@ -155,6 +159,12 @@ def build(name: str, folder: Path) -> nn.Module:
     defaults = {option: value for option, value in vars(parser.parse_args([])).items() if value is not None}
     options = {**defaults, **SPEECH, **SIZE, "encoder_layers": 2, **OPTIONS.get(kind.__name__, {})}
     options |= {"data": str(folder), "config_yaml": "config.yaml"}
+    with suppress(Exception), torch.device("meta"):  # without memory, where the model's constructor can do that
+        size = sum(
+            weight.numel() for weight in build_model(Namespace(arch=name, **options), task_for(kind)).parameters()
+        )
+        if size > 1_000_000:
+            pytest.fail(f"say in OPTIONS what makes {name} small: it has {size} weights")
     torch.manual_seed(0)
     return build_model(Namespace(arch=name, **options), task_for(kind)).eval()
 

@@ -145,6 +145,14 @@ def test_a_wrong_exit_is_named(kind, exit_layer, part):
         prove(engine, made, "float32", "large")
 
 
+def test_an_exit_that_computes_its_logits_in_its_own_way_is_named():
+    made = early_exit()
+    stock = type(made.decoder)
+    made.decoder.__class__ = type("Own", (stock,), {"exit_logits": lambda *args: stock.exit_logits(*args) / 2})
+    with pytest.raises(BildError, match="at exit layer 1$"):
+        take(made)
+
+
 @kinds
 @pytest.mark.parametrize("exit_layer", [1, 2])
 def test_a_wrong_resumed_pass_is_named(kind, exit_layer):
