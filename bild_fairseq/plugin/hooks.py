@@ -8,6 +8,7 @@ time. It relies on the following, and ``tests/plugin/test_plugin.py`` fails if f
 - the programs call ``options.parse_args_and_arch`` by attribute, and ``FairseqTask.build_generator``;
 - ``checkpoint_utils.load_checkpoint_to_cpu`` is what reads every checkpoint, with ``_upgrade_state_dict``, and
   ``checkpoint_utils.load_model_ensemble_and_task`` what makes models of them;
+- data sets call ``data_utils.batch_by_size`` by attribute;
 - encoder layers with a fast path decide by their attribute ``can_use_fastpath`` whether to take it.
 """
 
@@ -24,6 +25,7 @@ from typing import Any
 
 import fairseq.dataclass.configs
 from fairseq import checkpoint_utils, options, tasks, utils
+from fairseq.data import data_utils
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.dataclass.initialize import hydra_init
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
@@ -33,6 +35,7 @@ from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
 from ..errors import BildError
+from . import batches
 from .checkpoints import allow_fairseq_globals, completing, explaining_building, explaining_reading, file_of
 from .files import unreadable
 from .flags import BildGenerationConfig, check, check_overrides, option, policy
@@ -48,6 +51,7 @@ def install() -> None:
         return
     allow_fairseq_globals()
     _install_loading()
+    data_utils.batch_by_size = batches.complete(data_utils.batch_by_size)
     _install_flags()
     _install_generators()
     _switch_off_encoder_fast_path()
@@ -86,8 +90,6 @@ def _checked_parse(parse: Callable[..., Any]) -> Callable[..., Any]:
             if namespace.generator != "beam":
                 _check_large_paths(namespace)
                 check_overrides("--model-overrides", namespace.model_overrides)
-                # fairseq 0.12.3 drops a last batch whose size is no multiple of this.
-                namespace.required_batch_size_multiple = 1
                 FairseqTask.build_generator = _reporting(FairseqTask.build_generator)
         return parsed
 

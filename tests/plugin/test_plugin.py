@@ -13,6 +13,7 @@ import pytest
 import torch
 from cli_support import SENTENCES, STOCK, USER_DIR
 from fairseq import checkpoint_utils, options, tasks
+from fairseq.data import data_utils
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.tasks import FairseqTask
 from hydra.core.config_store import ConfigStore
@@ -120,6 +121,17 @@ assert parameters == [
 ], parameters
 assert "build_generator" not in vars(TranslationTask)
 """
+BATCHES = """
+import inspect
+from fairseq.data import FairseqDataset, data_utils
+
+parameters = list(inspect.signature(data_utils.batch_by_size).parameters)
+assert parameters == [
+    "indices", "num_tokens_fn", "num_tokens_vec", "max_tokens", "max_sentences", "required_batch_size_multiple",
+    "fixed_shapes",
+], parameters
+assert "data_utils.batch_by_size(" in inspect.getsource(FairseqDataset.batch_by_size)
+"""
 NO_PLUGIN = """
 import sys
 assert "bild_fairseq" not in sys.modules
@@ -128,7 +140,7 @@ assert "bild_fairseq" not in sys.modules
 
 @pytest.mark.parametrize(
     "code",
-    [GENERATION_FLAGS, PARSING, LOADING, MAKING, FAST_PATH, BUILDING],
+    [GENERATION_FLAGS, PARSING, LOADING, MAKING, FAST_PATH, BUILDING, BATCHES],
     ids=[
         "the flags' dataclass",
         "the parser",
@@ -136,6 +148,7 @@ assert "bild_fairseq" not in sys.modules
         "making models",
         "the encoder's fast path",
         "build_generator",
+        "batches",
     ],
 )
 def test_fairseq_is_as_the_plugin_expects(corpus, code):
@@ -150,6 +163,7 @@ def replaced():
         checkpoint_utils.load_checkpoint_to_cpu,
         checkpoint_utils._upgrade_state_dict,
         checkpoint_utils.load_model_ensemble_and_task,
+        data_utils.batch_by_size,
         FairseqTask.build_generator,
         *(task.build_generator for task in tasks.TASK_REGISTRY.values()),
         generation.default,
@@ -166,7 +180,8 @@ def test_installing_twice_changes_nothing():
 
 
 REACHES = re.compile(
-    r"^\s*(?:fairseq|checkpoint_utils|options|tasks|task|utils|FairseqTask|FairseqConfig|Transformer\w+)(?:\.\w+)+ = ",
+    r"^\s*(?:fairseq|checkpoint_utils|data_utils|distributed_utils|options|tasks|task|utils|FairseqTask|FairseqConfig"
+    r"|Transformer\w+)(?:\.\w+)+ = ",
     re.MULTILINE,
 )
 
