@@ -54,6 +54,9 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="also take the time inside encoders and forward passes; wall / floor is the decoding loop's overhead",
     )
+    parser.add_argument(
+        "--brief", action="store_true", help="print a few columns, and what they come to in one sentence"
+    )
     parser.add_argument("--json", help="file for all figures")
     parser.add_argument("--plot", help="PNG of latency against output length (needs matplotlib)")
     return parser.parse_args()
@@ -91,7 +94,9 @@ def main() -> None:
         f"{len(ids)} sentences, batch size {args.batch_size}, {device}, {'float16' if args.fp16 else 'float32'}; "
         f"peak memory {peak / 1024:.0f} MB (all systems); {scorer.name} {scorer.signature}"
     )
-    print(figures.table_of(rows, args.metric, scorer.name))
+    print(figures.table_of(rows, args.metric, scorer.name, args.brief))
+    if args.brief and (conclusion := figures.conclusion_of(rows)):
+        print(conclusion)
     if args.json:
         found = {"arguments": vars(args), "device": device, "peak_memory_kib": peak, "signature": scorer.signature}
         write_atomically(args.json, json.dumps(found | {"rows": rows}, indent=1) + "\n")

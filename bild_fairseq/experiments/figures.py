@@ -59,8 +59,17 @@ def _row(system: System, score: float, metric: str, sizes: Sequence[int], baseli
     return row | (total(system.counters).as_dict() if system.counters else {})
 
 
-def table_of(rows: Sequence[Row], metric: str, metric_name: str) -> str:
-    """A table in Markdown; columns that no system has a figure for are left out."""
+BRIEF = ("system", "ms/token", "x fairseq", "x greedy", "tokens/large call", "differ")
+
+
+def table_of(rows: Sequence[Row], metric: str, metric_name: str, brief: bool = False) -> str:
+    """A table in Markdown; columns that no system has a figure for are left out.
+
+    Args:
+        rows: as of :func:`rows_of`.
+        metric, metric_name: what the scores are called in the rows, and in the table.
+        brief: only the quality and the columns of :data:`BRIEF`.
+    """
 
     def cell(row: Row, name: str, form: str) -> str:
         return format(row[name], form) if name in row else "-"
@@ -86,6 +95,8 @@ def table_of(rows: Sequence[Row], metric: str, metric_name: str) -> str:
         "differ": lambda r: cell(r, "differ_from_greedy", "d"),
         "wall/floor": lambda r: cell(r, "wall_over_floor", ".2f"),
     }
+    if brief:
+        columns = {name: show for name, show in columns.items() if name in (*BRIEF, metric_name)}
     cells = [[show(row) for show in columns.values()] for row in rows]
     keep = [i for i in range(len(columns)) if any(line[i] != "-" for line in cells)]
     header = [list(columns)[i] for i in keep]
@@ -95,6 +106,23 @@ def table_of(rows: Sequence[Row], metric: str, metric_name: str) -> str:
     return "\n".join(
         "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines
     )
+
+
+def conclusion_of(rows: Sequence[Row]) -> str | None:
+    """What a table comes to, in one sentence: the fastest BiLD that wrote greedy decoding's text, over the baselines.
+
+    Returns:
+        None if greedy decoding was not measured, or no BiLD wrote the same text.
+    """
+    same = [row for row in rows if row.get("small_calls") and row.get("large_calls") and not row["differ_from_greedy"]]
+    same = [row for row in same if "speedup_over_greedy" in row]
+    if not same:
+        return None
+    best = min(same, key=lambda row: row["ms_per_token"])
+    sentence = f"BiLD wrote the same text as greedy decoding {best['speedup_over_greedy'][0]:.1f} times as fast"
+    if "speedup_over_fairseq --beam 1" in best:
+        sentence += f", and {best['speedup_over_fairseq --beam 1'][0]:.1f} times as fast as fairseq's own decoder"
+    return f"{sentence} ({best['system']})."
 
 
 def check_plot(path: str) -> None:

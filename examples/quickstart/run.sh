@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# Translates held-out German sentences with the two models in models/ and compares BiLD with what
-# else one could run: fairseq's own decoder, the large model alone, the small model alone.
+# Translates held-out German sentences with the models in models/ and compares BiLD with what else one could run:
+# fairseq's own decoder and the large model alone. Then the same once more at the cost of a much larger model.
 #
-#   bash run.sh [SENTENCES]
+#   bash run.sh [--all] [SENTENCES]
 #
-# SENTENCES (default 150, at most 300) are timed. Needs Python 3.10 to 3.12; makes a virtual
-# environment and installs what is missing if none is active.
+# SENTENCES (default 100, at most 300) are timed. With --all every system is timed, in float32 and in int8. Needs
+# Python 3.10 to 3.12; makes a virtual environment and installs what is missing if none is active.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
-sentences=${1:-150}
+all=
+if [[ ${1:-} == --all ]]; then
+    all=1
+    shift
+fi
+sentences=${1:-100}
 threads=${OMP_NUM_THREADS:-2}
 export OMP_NUM_THREADS=$threads
 
@@ -20,14 +25,28 @@ setup_python
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+models=$here/models
+
+# quietly COMMAND...: shows what a command prints only if it fails.
+quietly() {
+    "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
+}
+
+# benchmark LARGE SMALL SENTENCES OPTIONS...
+benchmark() {
+    local large=$1 small=$2 count=$3
+    shift 3
+    python "$root/scripts/benchmark.py" "$work/data-bin" --large "$large" --small "$small" --early-exit "$large" \
+        --sentences "$count" --threads "$threads" --reference "$here/data/test.en" --lossless-fallback 0.25 \
+        --bild 0.4,2 --exit 0.6,2 "$@"
+}
 
 echo "== Tokenizing and binarizing the test sentences"
-python "$here/preprocess.py" apply "$here/data" "$work" --models "$here/models" >"$work/log" 2>&1 ||
-    { cat "$work/log" >&2; exit 1; }
+quietly python "$here/preprocess.py" apply "$here/data" "$work" --models "$models"
 
 echo "== Translating with BiLD: a few of the sentences"
 fairseq-generate "$work/data-bin" --user-dir "$root/bild_fairseq" --cpu --batch-size 32 \
-    --path "$here/models/large.pt" --generator bild --bild-small-path "$here/models/small.pt" \
+    --path "$models/large.pt" --generator bild --bild-small-path "$models/aligned.pt" --bild-fallback-threshold 0.4 \
     --remove-bpe >"$work/out" 2>"$work/log" || { cat "$work/log" >&2; exit 1; }
 for id in 0 3 5; do
     paste -d'\t' <(echo German) <(sed -n "$((id + 1))p" "$here/data/test.de")
@@ -38,9 +57,16 @@ tail -n 5 "$work/log"
 
 echo
 echo "== Measuring: every system on the same $sentences sentences, in turns"
-python "$root/scripts/benchmark.py" "$work/data-bin" --sentences "$sentences" --threads "$threads" \
-    --large "$here/models/large.pt" --small "$here/models/small.pt" --early-exit "$here/models/large.pt" \
-    --reference "$here/data/test.en" --lossless-fallback 0.25 --bild 0.6,2 --bild 0.2,2,end --exit 0.6,2 --exit 0.2,1,end \
-    --precision float32,int8 \
-    --systems fairseq,greedy,small,bild,lossless,exit-alone,exit,exit-lossless 2>"$work/log" ||
-    { cat "$work/log" >&2; exit 1; }
+if [[ -n $all ]]; then
+    benchmark "$models/large.pt" "$models/aligned.pt" "$sentences" --precision float32,int8 --exit 0.2,1,end \
+        --systems fairseq,fairseq-beam5,greedy,small,bild,lossless,exit-alone,exit,exit-lossless
+else
+    benchmark "$models/large.pt" "$models/aligned.pt" "$sentences" --brief \
+        --systems fairseq,fairseq-beam5,greedy,lossless,bild,exit
+fi
+
+echo
+echo "== The same text from models four times as wide (the cost of a transformer-big decoder), $((sentences / 5)) sentences"
+quietly python "$root/scripts/widen.py" "$models/large.pt" "$work/large.pt" 4 --half
+quietly python "$root/scripts/widen.py" "$models/aligned.pt" "$work/aligned.pt" 2 --half
+benchmark "$work/large.pt" "$work/aligned.pt" "$((sentences / 5))" --brief --systems fairseq,greedy,lossless,bild,exit
