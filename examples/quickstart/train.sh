@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the two models of the quickstart from nothing: data, training, averaging, export. About two
+# Makes the models of the quickstart from nothing: data, training, averaging, alignment, export. About three
 # hours on two cores.
 #
 #   bash train.sh WORKDIR [PACKAGES]
@@ -83,6 +83,11 @@ export_model early-exit "$work/models/large.pt" 1
 train small --arch transformer "${small[@]}" --criterion label_smoothed_cross_entropy \
     --dropout 0.1 --lr 2e-3 --warmup-updates 500 --total-num-update 4100 --max-epoch 8
 export_model small "$work/models/small.pt" 2
+
+step "aligning the small model with the large one"
+python "$plugin/../scripts/align.py" "$work/data/data-bin" --large "$work/models/large.pt" \
+    --small "$work/models/small.pt" --out "$work/models/aligned.pt" --work "$work/align" --report "$work/align.json" \
+    --cpu --splice 40000 --distill 0.7 --distill-top 32 --epochs 6 --lr 2e-3 --max-tokens 2000 --half
 
 cp "$work/data/codes" "$work"/data/data-bin/dict.{de,en}.txt "$work/models/"
 mkdir -p "$work/test"
