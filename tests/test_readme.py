@@ -9,6 +9,7 @@ the reason, in a line of its own:
 
 import os
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,27 +92,31 @@ def files(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     steps = "--max-update 100 --batch-size 32 --optimizer adam --lr 0.005 --no-epoch-checkpoints --disable-validation"
     large = [*SHORTER["fairseq-train"].split(), "--arch", arch, "--dropout", 0, *steps.split(), "--save-dir", made]
     corpus.programs("train", corpus.data, *large, "--save-interval", 100)
-    text = {
-        f"{split}.{to}": corpus.data.parent / f"{split}.{of}"
-        for split in ("train", "valid", "test")
-        for of, to in (("x", "de"), ("y", "en"))
-    }
+    quickstart = ROOT / "examples/quickstart"
+    for language in ("de", "en"):
+        lines = (quickstart / f"data/test.{language}").read_text().splitlines(keepends=True)
+        (made / f"test.{language}").write_text("".join(lines[:20]))
     return {
         "DATA-BIN": corpus.data,
-        "data-bin": corpus.data,
         "large.pt": made / "checkpoint_last.pt",
         "small.pt": corpus.small,
         "early_exit.pt": corpus.checkpoint(made / "exits.pt", arch=f"early_exit_{arch}", exit_layers=[1], **size),
-        **text,
+        **{f"test.raw.{language}": made / f"test.{language}" for language in ("de", "en")},
+        **{name: quickstart / "models" / name for name in ("codes", "dict.de.txt", "dict.en.txt")},
         **{folder: ROOT / folder for folder in ("bild_fairseq", "scripts", "examples")},
     }
 
 
 @pytest.fixture
 def folder(files: dict[str, Path], tmp_path: Path) -> Path:
-    """A new folder in which all these files lie."""
-    for name, target in files.items():
-        (tmp_path / name).symlink_to(target)
+    """A new folder with a copy of each of these; the repository's own folders are links."""
+    for name, original in files.items():
+        if original.parent == ROOT:
+            (tmp_path / name).symlink_to(original)
+        elif original.is_dir():
+            shutil.copytree(original, tmp_path / name)
+        else:
+            shutil.copy(original, tmp_path / name)
     return tmp_path
 
 
