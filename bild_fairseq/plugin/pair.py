@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import nn
 from ..decoding.constraints import Constraints
 from ..decoding.reader import Reader
 from ..engines.base import Engine
+from ..engines.changes import traces
 from ..engines.choose import engine_for
 from ..engines.precision import PRECISIONS
 from ..engines.readers import combined
@@ -40,7 +41,7 @@ from .flags import option, small_overrides, small_paths
 class Pair:
     """The models of a generation, checked, with their weights laid out for decoding.
 
-    Weights that change later are not seen; make another pair then.
+    Weights may change later, in training for instance: every batch is decoded with those that the models have then.
 
     Args:
         large: the large model, or the members of an ensemble.
@@ -71,6 +72,7 @@ class Pair:
     small_path: str | None = None
     large_engines: list[Engine] = field(init=False, repr=False)
     small_engines: list[Engine] = field(init=False, repr=False)
+    _seen: list[list[Hashable]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for precision in (self.precision, self.small_precision or self.precision):
@@ -84,10 +86,16 @@ class Pair:
             check_exit(self.large, self.exit_layer)
         elif self.small_precision not in (None, self.precision) and not self.small:
             raise BildError("there is no small model whose weights could have a precision of their own")
+        self._find_engines()
+
+    def _find_engines(self) -> None:
         self.large_engines = [engine_for(model, self.precision, "large") for model in self.large]
-        self.small_engines = [
-            engine_for(model, self.small_precision or self.precision, "small") for model in self.small
-        ]
+        precision = self.small_precision or self.precision
+        self.small_engines = [engine_for(model, precision, "small") for model in self.small]
+        self._seen = self._traces()
+
+    def _traces(self) -> list[list[Hashable]]:
+        return [traces(model) for model in (*self.large, *self.small)]
 
     @classmethod
     def from_args(cls, models: Sequence[nn.Module], task: FairseqTask, args: Any) -> Pair:
@@ -183,7 +191,7 @@ class Pair:
     def readers(
         self, net_input: dict[str, Any], constraints: Constraints, temperature: float = 1.0
     ) -> tuple[Reader, Reader | None]:
-        """Runs the encoders on a batch.
+        """Runs the encoders on a batch, with the weights that the models have now.
 
         Args:
             net_input: as fairseq collates it: ``src_tokens`` (batch, source) and ``src_lengths`` (batch,).
@@ -193,6 +201,8 @@ class Pair:
         Returns:
             the large model's reader and the reader that drafts, if something does, for ``decode``.
         """
+        if self._traces() != self._seen:
+            self._find_engines()
         net_input = {name: value for name, value in net_input.items() if name != "prev_output_tokens"}
         small = [
             engine.reader(engine.start(net_input), (0, engine.depth), constraints) for engine in self.small_engines
