@@ -10,9 +10,10 @@ from ...decoding.constraints import Constraints
 from ..base import Engine, Logits, Pass, State
 from ..precision import rounded_copy
 from ..readers import EngineReader
-from ..supported import UnsupportedModel, unsupported_decoder
+from ..supported import UnsupportedModel, is_t5, unsupported_decoder
 from .decoder import CachedDecoder
 from .graphs import GraphedDecoder
+from .t5 import CachedT5
 from .transformer import CachedTransformer
 
 
@@ -25,7 +26,7 @@ def cached_decoder(decoder: nn.Module) -> CachedDecoder:
     reason = unsupported_decoder(decoder)
     if reason is not None:
         raise UnsupportedModel(reason)
-    return CachedTransformer(decoder)
+    return CachedT5(decoder) if is_t5(decoder) else CachedTransformer(decoder)
 
 
 class TorchEngine(Engine):
