@@ -2,6 +2,7 @@
 
 An engine reads the weights of a model and computes what fairseq's modules compute with them. So every module on the
 way from tokens to log-probabilities has to be one of fairseq's own kinds, and every method on that way the stock one.
+The same holds for this package's T5, whose classes say what they are with ``engine_kind``.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ _STOCK: dict[type, tuple[type, ...]] = {
     MultiheadAttention: (MultiheadAttention,),
     FairseqDropout: (FairseqDropout,),
 }
+# The same for T5's decoder, beside the classes with an ``engine_kind``, which are stock themselves.
+_PLAIN_T5 = (nn.Linear, nn.Embedding, nn.RMSNorm, nn.ModuleList, nn.ModuleDict)
 # Methods with which a model is made, trained, saved and loaded; they may be a subclass's own.
 _NOT_COMPUTING = ("__init__", "build_", "upgrade_state_dict", "add_args", "make_generation_fast_", "prepare_for_onnx")
 _NOT_COMPUTING += ("reset_parameters", "train", "load_state_dict", "__module__", "__doc__", "__class__")
@@ -69,6 +72,8 @@ def unsupported_model(model: nn.Module) -> str | None:
 
 def unsupported_decoder(decoder: nn.Module) -> str | None:
     """Why no engine can run a decoder, naming the option; None if one can."""
+    if is_t5(decoder):
+        return _unsupported_t5(decoder)
     if not isinstance(decoder, TransformerDecoderBase):
         return f"its decoder is a {type(decoder).__name__}, not a fairseq Transformer decoder"
     layers = list(decoder.layers.children())  # not its iterator, which draws random numbers where layers are dropped
@@ -92,6 +97,22 @@ def unsupported_decoder(decoder: nn.Module) -> str | None:
     return unusual_computation(decoder)
 
 
+def is_t5(module: nn.Module) -> bool:
+    """Whether a module is this package's T5 decoder, with exits or without."""
+    return getattr(module, "engine_kind", None) == "t5_decoder"
+
+
+def _unsupported_t5(decoder: nn.Module) -> str | None:
+    if not len(decoder.layers):
+        return "its decoder has no layers"
+    for layer in decoder.layers.children():
+        if getattr(layer, "engine_kind", None) != "t5_decoder_layer":
+            return f"it has a layer of type {type(layer).__name__}, which is not T5's"
+    if len({(layer.self_attn.num_heads, layer.self_attn.head_dim) for layer in decoder.layers.children()}) > 1:
+        return "its decoder's layers differ in attention heads"
+    return unusual_computation(decoder)
+
+
 def unsupported_encoder(encoder: nn.Module) -> str | None:
     """Why only the encoder itself can run its forward pass; None if its weights say all."""
     if not isinstance(encoder, TransformerEncoderBase):
@@ -110,10 +131,11 @@ def unusual_computation(module: nn.Module) -> str | None:
 
 
 def _unusual_computations(root: nn.Module) -> Iterator[str]:
+    plain = _PLAIN_T5 if is_t5(root) else _PLAIN
     for name, module in root.named_modules():
         kind, where = type(module).__name__, f" ({name})" if name else ""
-        stock = next((kinds for base, kinds in _STOCK.items() if isinstance(module, base)), None)
-        if stock is None and type(module) not in _PLAIN:
+        stock = _stock_t5(module) if is_t5(root) else _stock(module)
+        if stock is None and type(module) not in plain:
             yield f"it has a module of type {kind}{where}, which is not read by its weights alone"
         if module._forward_hooks or module._forward_pre_hooks:
             yield f"{kind} has a hook on its forward pass{where}"
@@ -124,6 +146,18 @@ def _unusual_computations(root: nn.Module) -> Iterator[str]:
             yield "its attention has an extra key (add_bias_kv or add_zero_attn)"
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             yield f"its embeddings have a maximum norm{where}"
+
+
+def _stock(module: nn.Module) -> tuple[type, ...] | None:
+    """The stock classes that a module may be of, if an engine knows its kind."""
+    return next((kinds for base, kinds in _STOCK.items() if isinstance(module, base)), None)
+
+
+def _stock_t5(module: nn.Module) -> tuple[type, ...] | None:
+    """The same for a part of T5's decoder: the class that says its kind itself, not by inheritance."""
+    if isinstance(module, FairseqDropout):
+        return (FairseqDropout,)
+    return next(((base,) for base in type(module).__mro__ if "engine_kind" in vars(base)), None)
 
 
 def own_methods(module: nn.Module, stock: tuple[type, ...] | None = None) -> list[str]:

@@ -116,7 +116,12 @@ class T5Decoder(FairseqIncrementalDecoder):
         output_scale: what the output is multiplied by before `output_projection`.
         start_row: the row that is read at position 0; its score stands at `padding_idx`.
         missing_rows: rows of the dictionary that the model lacks, ascending; `start_row` is the first.
+        missing_logit: their score.
+        engine_kind: tells the engines that they may compute what this class's own methods compute.
     """
+
+    missing_logit = MISSING_LOGIT
+    engine_kind = "t5_decoder"
 
     def __init__(
         self,

@@ -53,6 +53,8 @@ class RelativeAttentionBias(nn.Module):
         weight: (buckets, heads).
     """
 
+    engine_kind = "t5_position_bias"
+
     def __init__(self, config: T5Config, bidirectional: bool):
         super().__init__()
         self.bidirectional = bidirectional
@@ -78,6 +80,8 @@ class RelativeAttentionBias(nn.Module):
 
 class T5Attention(FairseqIncrementalState, nn.Module):
     """Attention of a token over others, or over the source: not scaled, without biases, of any inner width."""
+
+    engine_kind = "t5_attention"
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -182,6 +186,8 @@ class T5EncoderLayer(nn.Module):
 
 class T5DecoderLayer(T5EncoderLayer):
     """The same with encoder-decoder attention between the two."""
+
+    engine_kind = "t5_decoder_layer"
 
     def __init__(self, config: T5Config):
         super().__init__(config)

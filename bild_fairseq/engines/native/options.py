@@ -8,7 +8,7 @@ from fairseq.models.transformer import TransformerDecoderBase
 from fairseq.modules import gelu
 from torch import nn
 
-from ..supported import unsupported_encoder
+from ..supported import is_t5, unsupported_encoder
 from .build import library
 
 _ACTIVATIONS = ((torch.relu, 1), (F.relu, 1), (gelu, 2), (F.gelu, 2))
@@ -16,6 +16,8 @@ _ACTIVATIONS = ((torch.relu, 1), (F.relu, 1), (gelu, 2), (F.gelu, 2))
 
 def missing_option(module: nn.Module) -> str | None:
     """Why an encoder or a decoder that the package supports cannot be run in C; None if it can."""
+    if is_t5(module):
+        return "T5"
     decodes = isinstance(module, TransformerDecoderBase)
     reason = None if decodes else unsupported_encoder(module)
     if reason is not None:

@@ -1,14 +1,29 @@
-"""Encoder-decoder attention over sources that stay the same for a whole generation."""
+"""Attention over cached keys and values, and over sources that stay the same for a whole generation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from fairseq.modules import MultiheadAttention
-from torch import Tensor
+from torch import Tensor, nn
 
 from .linear import projection
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+    """Attends from new tokens to keys.
+
+    Args:
+        query: (batch, new, heads, head_dim).
+        keys, values: (batch, heads, length, head_dim).
+        mask: added to the scores, of a shape that expands to (batch, heads, new, length).
+        scale: of the scores; None for one over the root of the head size.
+
+    Returns:
+        (batch * new, heads * head_dim)
+    """
+    x = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=mask, scale=scale)
+    return x.transpose(1, 2).reshape(query.size(0) * query.size(1), -1)
 
 
 class Source:
@@ -24,11 +39,13 @@ class SourceAttention:
     """The encoder-decoder attention of every decoder layer.
 
     Args:
-        attentions: one per layer, all with the same shapes.
+        attentions: one per layer, all with the same shapes, of fairseq's Transformer or of T5.
+        scale: as of :func:`attend`.
     """
 
-    def __init__(self, attentions: Sequence[MultiheadAttention]):
+    def __init__(self, attentions: Sequence[nn.Module], scale: float | None = None):
         first = attentions[0]
+        self._scale = scale
         self._layers, self._heads, self._head_dim = len(attentions), first.num_heads, first.head_dim
         self._key_value = projection(*(part for a in attentions for part in (a.k_proj, a.v_proj)))
         self._query = [projection(a.q_proj) for a in attentions]
@@ -64,5 +81,4 @@ class SourceAttention:
         if rows is not None:
             keys, values, mask = keys[rows], values[rows], None if mask is None else mask[rows]
         query = self._query[layer](x).view(-1, new, self._heads, self._head_dim)
-        y = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=mask)
-        return self._out[layer](y.transpose(1, 2).reshape(x.size(0), -1))
+        return self._out[layer](attend(query, keys, values, mask, self._scale))

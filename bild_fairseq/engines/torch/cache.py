@@ -28,7 +28,7 @@ class Span:
     start: int | None = None  # offset of the new tokens, if whole and the same in all rows; else:
     rows: Tensor | None = None  # (batch, 1) rows of the state
     positions: Tensor | None = None  # (batch, new)
-    mask: Tensor | None = None  # (batch or 1, 1, new, end), added to attention scores
+    mask: Tensor | None = None  # (batch or 1, 1 or heads, new, end), added to attention scores
 
 
 class DecoderState(State):

@@ -1,146 +1,56 @@
-"""A Transformer decoder that reads several tokens at once over a key/value cache of its own.
+"""A decoder that reads several tokens at once over a key/value cache of its own.
 
-Stock fairseq decoders read one token at a time when they keep a state, so they cannot verify a draft in one
-forward pass. :class:`CachedDecoder` takes the weights of one and computes what its full forward pass computes,
-for any number of new tokens at any offset in each row.
+Decoders of fairseq read one token at a time when they keep a state, so they cannot verify a draft in one forward
+pass. A :class:`CachedDecoder` takes the weights of one and computes what its full forward pass computes, for any
+number of new tokens at any offset in each row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
-from fairseq.models.transformer import TransformerDecoderBase
-from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor, nn
 
 from ..base import Logits, Pass
-from ..positions import position_table
-from ..supported import UnsupportedModel, unsupported_decoder
 from .attention import Source, SourceAttention
 from .cache import DecoderState, Span, additive_mask
-from .linear import RowFn, norm, projection
+from .linear import RowFn
+
+# A layer's number from 0, hidden states (batch * new, dim), cache and span -> hidden states.
+LayerFn = Callable[[int, Tensor, DecoderState, Span], Tensor]
 
 
-class _Layer:
-    """One decoder layer: the computation of ``TransformerDecoderLayerBase.forward`` on rows of tokens."""
-
-    def __init__(self, layer: TransformerDecoderLayerBase, source_attention: SourceAttention | None):
-        attention = layer.self_attn
-        self.source_attention = source_attention
-        self.heads, self.head_dim = attention.num_heads, attention.head_dim
-        self.pre_norm = layer.normalize_before
-        self.qkv = projection(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.self_out = projection(attention.out_proj)
-        self.self_norm = norm(layer.self_attn_layer_norm)
-        self.scale_heads = None if layer.c_attn is None else layer.c_attn[:, None]
-        self.attn_norm = norm(layer.attn_ln)
-        if source_attention is not None:
-            self.source_norm = norm(layer.encoder_attn_layer_norm)
-        self.fc1, self.fc2 = projection(layer.fc1), projection(layer.fc2)
-        self.activation = layer.activation_fn
-        self.ffn_norm = norm(layer.ffn_layernorm)
-        self.scale_residual = layer.w_resid
-        self.final_norm = norm(layer.final_layer_norm)
-
-    def __call__(self, index: int, x: Tensor, state: DecoderState, span: Span) -> Tensor:
-        # x: (batch * new, dim)
-        residual = x
-        if self.pre_norm:
-            x = self.self_norm(x)
-        qkv = self.qkv(x).view(span.batch, span.new, 3, self.heads, self.head_dim)
-        kv = state.extend_self(index, qkv[:, :, 1:], span)
-        x = self.self_out(self._attend(qkv[:, :, 0], kv[0], kv[1], span.mask))
-        if self.scale_heads is not None:
-            x = (x.view(-1, self.heads, self.head_dim) * self.scale_heads).view_as(residual)
-        if self.attn_norm is not None:
-            x = self.attn_norm(x)
-        x = residual + x
-        if not self.pre_norm:
-            x = self.self_norm(x)
-
-        if self.source_attention is not None:
-            residual = x
-            if self.pre_norm:
-                x = self.source_norm(x)
-            rows = None if span.whole else span.rows.squeeze(1)
-            x = residual + self.source_attention(state.source, index, x, span.new, rows)
-            if not self.pre_norm:
-                x = self.source_norm(x)
-
-        residual = x
-        if self.pre_norm:
-            x = self.final_norm(x)
-        x = self.activation(self.fc1(x))
-        if self.ffn_norm is not None:
-            x = self.ffn_norm(x)
-        x = self.fc2(x)
-        if self.scale_residual is not None:
-            residual = self.scale_residual * residual
-        x = residual + x
-        return x if self.pre_norm else self.final_norm(x)
-
-    @staticmethod
-    def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        # query: (batch, new, heads, dim); keys, values: (batch, heads, length, dim)
-        x = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=mask)
-        return x.transpose(1, 2).reshape(query.size(0) * query.size(1), -1)
+def heads_of(decoder: nn.Module) -> Iterator[tuple[int, nn.Module | None, nn.Linear]]:
+    """The depths that a decoder predicts at, with the final norm and the output projection there."""
+    yield len(decoder.layers), decoder.layer_norm, decoder.output_projection
+    for depth in getattr(decoder, "exit_layers", ()):
+        yield depth, decoder.exit_layer_norm(depth), decoder.exit_output_projection(depth)
 
 
-class _Head:
-    """From hidden states to logits: final norm, projection to the output width, vocabulary projection."""
-
-    def __init__(self, final_norm: nn.Module | None, project_out: nn.Linear | None, vocabulary: RowFn):
-        self._norm = norm(final_norm)
-        self._project_out = None if project_out is None else projection(project_out)
-        self._vocabulary = vocabulary
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._norm is not None:
-            x = self._norm(x)
-        if self._project_out is not None:
-            x = self._project_out(x)
-        return self._vocabulary(x)
-
-
-class CachedDecoder:
-    """The weights of a fairseq Transformer decoder, laid out for reading few tokens at a time.
+class CachedDecoder(ABC):
+    """The weights of a decoder, laid out for reading few tokens at a time. One subclass for each kind of decoder.
 
     Args:
-        decoder: a ``TransformerDecoderBase`` (architectures ``transformer*``, ``bart*`` and the early-exit
-            ones of this package), in eval mode and on the device and in the precision to decode with.
-
-    Raises:
-        UnsupportedModel: the decoder has an option that is not implemented here.
+        decoder: supported, in eval mode, on the device and in the precision to decode with.
+        layers: what its layers compute.
+        heads: by depth, from hidden states (rows, dim) to logits (rows, vocab).
+        source: its encoder-decoder attention, if it has any.
     """
 
-    def __init__(self, decoder: TransformerDecoderBase):
-        reason = unsupported_decoder(decoder)
-        if reason is not None:
-            raise UnsupportedModel(reason)
-        self._embed_tokens = decoder.embed_tokens
-        self._embed_scale = decoder.embed_scale
-        self._embed_norm = norm(decoder.layernorm_embedding)
-        self._project_in = None if decoder.project_in_dim is None else projection(decoder.project_in_dim)
-        self._embed_positions = decoder.embed_positions
-        self._like = decoder.layers[0].fc1.weight.detach()
-        self._position_table = self._like.new_empty(0, self._like.size(1))
-
-        attention = decoder.layers[0].self_attn
-        self._head_shape = attention.num_heads, attention.head_dim
-        self._source = None
-        if decoder.layers[0].encoder_attn is not None:
-            self._source = SourceAttention([layer.encoder_attn for layer in decoder.layers])
-        self._layers = [_Layer(layer, self._source) for layer in decoder.layers]
-        vocabulary = projection(decoder.output_projection)
-        self._heads = {len(self._layers): _Head(decoder.layer_norm, decoder.project_out_dim, vocabulary)}
-        for depth in getattr(decoder, "exit_layers", ()):
-            self._heads[depth] = _Head(
-                decoder.exit_layer_norm(depth),
-                decoder.project_out_dim,
-                projection(decoder.exit_output_projection(depth)),
-            )
+    def __init__(
+        self,
+        decoder: nn.Module,
+        layers: Sequence[LayerFn],
+        heads: Mapping[int, RowFn],
+        source: SourceAttention | None,
+    ):
+        first = decoder.layers[0]
+        self._layers, self._heads, self._source = layers, heads, source
+        self._head_shape = first.self_attn.num_heads, first.self_attn.head_dim
+        self._like = first.fc1.weight.detach()
+        self._position_table = self._like.new_empty(0, 0)
 
     @property
     def depth(self) -> int:
@@ -199,6 +109,7 @@ class CachedDecoder:
             state, layers, keep: as in a :class:`~bild_fairseq.engines.base.Pass`.
         """
         x = state.hidden(span) if tokens is None else self._embed(tokens, span)
+        span = self._scored(span)
         for index in range(*layers):
             x = self._layers[index](index, x, state, span)
         if keep:
@@ -210,21 +121,23 @@ class CachedDecoder:
         logits = self._heads[depth](x).float()
         return logits, torch.logsumexp(logits, dim=-1)
 
+    @abstractmethod
     def _embed(self, tokens: Tensor, span: Span) -> Tensor:
-        """Token and position embeddings, (batch, new) -> (batch * new, dim)."""
-        x = self._embed_scale * self._embed_tokens(tokens)  # (batch, new, embed dim)
-        if self._project_in is not None:
-            x = self._project_in(x.flatten(0, 1)).view(span.batch, span.new, -1)
-        if self._embed_positions is not None:
-            table = self.positions(span.end)
-            x = x + (table[span.positions] if span.start is None else table[span.start : span.end])
-        x = x.view(span.batch * span.new, -1)
-        return x if self._embed_norm is None else self._embed_norm(x)
+        """What the first layer reads: tokens (batch, new) -> (batch * new, dim)."""
+
+    @abstractmethod
+    def _make_positions(self, length: int) -> Tensor:
+        """What :meth:`positions` gives, (length, any width)."""
+
+    def _scored(self, span: Span) -> Span:
+        """The span with all that is added to the scores of self-attention in its mask."""
+        return span
 
     def positions(self, length: int) -> Tensor:
-        """(at least length, dim) position embeddings; row i belongs to the i-th token of the decoder's input."""
-        if length > self._position_table.size(0):
-            self._position_table = position_table(self._embed_positions, max(length, 256)).to(self._like)
+        """What the decoder knows of positions, as a table of at least ``length`` rows."""
+        known = self._position_table.size(0)
+        if length > known:
+            self._position_table = self._make_positions(max(length, 2 * known, 256))
         return self._position_table
 
 

@@ -10,8 +10,23 @@ from ...decoding.constraints import Constraints
 from ..base import Engine, Logits, Pass, State
 from ..precision import rounded_copy
 from ..readers import EngineReader
+from ..supported import UnsupportedModel, is_t5, unsupported_decoder
 from .decoder import CachedDecoder
 from .graphs import GraphedDecoder
+from .t5 import CachedT5
+from .transformer import CachedTransformer
+
+
+def cached_decoder(decoder: nn.Module) -> CachedDecoder:
+    """Lays out a decoder's weights.
+
+    Raises:
+        UnsupportedModel: it has an option that is not implemented here.
+    """
+    reason = unsupported_decoder(decoder)
+    if reason is not None:
+        raise UnsupportedModel(reason)
+    return CachedT5(decoder) if is_t5(decoder) else CachedTransformer(decoder)
 
 
 class TorchEngine(Engine):
@@ -30,7 +45,7 @@ class TorchEngine(Engine):
         super().__init__()
         model = rounded_copy(model, precision)
         self._encoder = model.encoder
-        self.decoder: CachedDecoder | GraphedDecoder = CachedDecoder(model.decoder)
+        self.decoder: CachedDecoder | GraphedDecoder = cached_decoder(model.decoder)
         on_gpu = self.decoder.device.type == "cuda"
         if self.decoder.attends_to_source and (on_gpu if graphs is None else graphs):
             self.decoder = GraphedDecoder(self.decoder, capture=on_gpu)

@@ -25,8 +25,11 @@ def projection(*modules: nn.Linear) -> RowFn:
 
 
 def norm(module: nn.Module | None) -> RowFn | None:
-    """A layer norm; None stays None."""
+    """A layer norm or an RMS norm; None stays None."""
     if module is None:
         return None
-    shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
+    shape, weight, eps = module.normalized_shape, module.weight, module.eps
+    if isinstance(module, nn.RMSNorm):
+        return lambda x: torch.rms_norm(x, shape, weight, eps)
+    bias = module.bias
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
