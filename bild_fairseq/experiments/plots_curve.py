@@ -1,0 +1,192 @@
+"""Quality against speed: a curve a method, the Pareto front, ablations and baselines, from a sweep's results."""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import BildError
+from .plots import COLORS, pyplot, read
+
+Row = dict[str, Any]
+
+MARKERS = ["o", "s", "^", "D", "v", "P"]
+LINES = {"bild": "-", "no rollback": "--", "no fallback": (0, (1, 1.5))}
+ABLATION_MARKERS = {"no rollback": "x", "no fallback": "+"}
+BASELINES = {"greedy": "*", "fairseq --beam 1": "X", "small alone": "p"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting in the plane of the figure."""
+
+    x: float
+    quality: float
+    speedup: float
+    row: Row
+
+    @property
+    def label(self) -> str:
+        """Its thresholds: fallback, rollback, and whether the end is verified."""
+        end = ", end" if self.row["verify_end"] else ""
+        return f"{self.row['fallback_threshold']:g}, {float(self.row['rollback_threshold']):g}{end}"
+
+
+# The points of each method and kind of setting.
+Groups = dict[tuple[str, str], list[Point]]
+
+
+def front(points: Iterable[Point]) -> list[Point]:
+    """Those that no other one beats in both speed and quality, from the slowest on."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (-p.speedup, -p.quality)):
+        if not best or point.quality > best[-1].quality:
+            best.append(point)
+    return best[::-1]
+
+
+def points_of(sweep: dict[str, Any], x: str) -> Groups:
+    """The points of a sweep by method and kind.
+
+    Latency is that of greedy decoding divided by the speedup: a machine that was slower for a while has then not
+    moved the settings that it met.
+
+    Args:
+        sweep: what ``scripts/sweep.py`` has written.
+        x: ``latency``, in milliseconds a sentence, or ``speedup``.
+
+    Raises:
+        BildError: greedy decoding has not been measured.
+    """
+    greedy = {row["method"]: row["ms_mean"] for row in sweep["rows"] if row["kind"] == "greedy"}
+    groups = collections.defaultdict(list)
+    for row in sweep["rows"]:
+        where = row["speedup"]
+        if x == "latency":
+            if row["baseline"] not in greedy:
+                raise BildError("the sweep has not measured greedy decoding yet; let it go on, or add --x speedup")
+            where = greedy[row["baseline"]] / row["speedup"]
+        groups[row["method"], row["kind"]].append(Point(where, row["quality"], row["speedup"], row))
+    return groups
+
+
+def load_sweeps(paths: Sequence[str], x: str) -> tuple[Groups, str]:
+    """The points of several sweeps, and the metric that they share; a method of the same name gets its folder's.
+
+    Raises:
+        BildError: a file cannot be read, metrics differ, or nothing but baselines has been measured.
+    """
+    groups: Groups = {}
+    metrics = set()
+    for path in paths:
+        sweep = read(path, "results.json", ["origin", "rows"])
+        metrics.add(sweep["origin"]["metric_name"])
+        folder = (Path(path) if Path(path).is_dir() else Path(path).parent).resolve().name
+        for (method, kind), points in points_of(sweep, x).items():
+            groups[(method if (method, kind) not in groups else f"{method}, {folder}"), kind] = points
+    if len(metrics) > 1:
+        raise BildError(f"the sweeps are in different metrics, {' and '.join(sorted(metrics))}; draw them apart")
+    if not any(kind in LINES for _, kind in groups):
+        raise BildError(f"{', '.join(paths)}: no setting has been measured yet")
+    return groups, metrics.pop()
+
+
+def draw(groups: Groups, metric: str, *, x: str, labels: bool, title: str) -> Any:
+    """The figure.
+
+    Args:
+        groups: of :func:`load_sweeps`.
+        metric: name of the quality.
+        x: ``latency`` or ``speedup``, as the points were made.
+        labels: write the thresholds at the Pareto front.
+        title: over the figure.
+
+    Returns:
+        a matplotlib figure.
+    """
+    figure, axes = pyplot().subplots(figsize=(7.2, 4.6), layout="constrained")
+    methods = list(dict.fromkeys(method for method, kind in groups if kind in LINES))
+    for number, method in enumerate(methods):
+        draw_method(axes, groups, method, number)
+    settings = [point for (_, kind), points in groups.items() if kind == "bild" for point in points]
+    if settings:
+        draw_front(axes, front(settings), x if labels else None)
+    baselines = [(m, kind, points[0]) for (m, kind), points in groups.items() if kind in BASELINES]
+    every = [point for (_, kind), points in groups.items() if kind in LINES for point in points]
+    show_range(axes, worth_showing(every, settings), [p for _, k, p in baselines if k == "greedy"])
+    for method, kind, point in baselines:
+        name = kind.replace("greedy", "lean greedy")
+        name = name if method == "large model" else f"{method}, {name}"
+        draw_baseline(axes, point, name, BASELINES[kind])
+    axes.set_xlabel("speedup over lean greedy" if x == "speedup" else "latency (ms a sentence)")
+    axes.set_ylabel(metric)
+    axes.set_title(title)
+    axes.grid(color="0.9", linewidth=0.6)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def draw_method(axes: Any, groups: Groups, method: str, number: int) -> None:
+    """A method's settings and ablations: a line through the best of each kind, small markers for the rest."""
+    color = COLORS[number % len(COLORS)]
+    for kind, line in LINES.items():
+        points = groups.get((method, kind))
+        if not points:
+            continue
+        best = front(points)
+        name = method if kind == "bild" else f"{method}, {kind}"
+        marker = MARKERS[number % len(MARKERS)] if kind == "bild" else ABLATION_MARKERS[kind]
+        style = {"linestyle": line, "linewidth": 1.5, "color": color}
+        axes.plot(*columns(best), marker=marker, markersize=5, label=name, zorder=3, **style)
+        rest = [point for point in points if point not in best]
+        axes.plot(*columns(rest), marker, color=color, markersize=3, alpha=0.45, fillstyle="none", zorder=2)
+
+
+def draw_front(axes: Any, best: Sequence[Point], x: str | None) -> None:
+    """Rings around the Pareto front of all methods, with thresholds unless ``x`` is None."""
+    axes.plot(*columns(best), "o", color="black", markersize=11, fillstyle="none", label="Pareto front", zorder=4)
+    if x is None:
+        return
+    # On the side that the front leaves free.
+    side = {"xytext": (7, 6), "ha": "left"} if x == "speedup" else {"xytext": (-7, 6), "ha": "right"}
+    style = {"textcoords": "offset points", "fontsize": 7, "color": "0.25", **side}
+    for point in best:
+        axes.annotate(point.label, (point.x, point.quality), **style)
+
+
+def columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    """The points as matplotlib wants them: all x, all y."""
+    return [point.x for point in points], [point.quality for point in points]
+
+
+def worth_showing(every: Sequence[Point], settings: Sequence[Point]) -> list[Point]:
+    """The settings with both policies, and of the ablations those that are no worse than the worst of these."""
+    worst = min((point.quality for point in settings), default=-math.inf)
+    return [point for point in every if point.quality >= worst]
+
+
+def show_range(axes: Any, settings: Sequence[Point], greedy: Sequence[Point]) -> None:
+    """Lets the settings fill the figure; a baseline far away would squeeze them."""
+    for values, limits in (
+        ([p.x for p in [*settings, *greedy]], axes.set_xlim),
+        ([p.quality for p in [*settings, *greedy]], axes.set_ylim),
+    ):
+        margin = 0.08 * (max(values) - min(values)) or 0.5
+        limits(min(values) - margin, max(values) + margin)
+
+
+def draw_baseline(axes: Any, point: Point, name: str, marker: str) -> None:
+    """A point with its name; one outside the figure is given in words."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    style = {"color": "black", "markersize": 10 if marker == "*" else 8, "linestyle": "none", "zorder": 5}
+    if left <= point.x <= right and low <= point.quality <= high:
+        axes.plot(point.x, point.quality, marker, label=name, **style)
+        if marker == "*":
+            axes.axhline(point.quality, color="0.55", linewidth=0.8, linestyle=(0, (5, 5)), zorder=1)
+    else:
+        label = f"{name}: {point.quality:.1f} at {point.speedup:.2f}x, outside"
+        axes.plot([], [], marker, label=label, **style)
