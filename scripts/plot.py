@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws what sweep.py and rounds.py have written.
 
-  plot.py curve SWEEP...        quality against latency or speedup: a curve a method, the Pareto front, ablations
+  plot.py curve SWEEP...        quality against time or speedup: a curve a method, the Pareto front, ablations
   plot.py lengths ROUNDS...     how many drafted tokens a call of the large model accepts
   plot.py tokens ROUNDS         a page that shows who wrote which token of each sentence
 
@@ -21,11 +21,11 @@ from bild_fairseq.plugin.files import write_atomically
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    curve = commands.add_parser("curve", help="quality against latency")
+    curve = commands.add_parser("curve", help="quality against time or speedup")
     curve.add_argument("sweeps", nargs="+", metavar="SWEEP", help="results.json of sweep.py, or its folder")
-    curve.add_argument("--x", choices=["latency", "speedup"], default="latency")
+    curve.add_argument("--x", choices=["latency", "speedup"], default="latency", help="latency: greedy time / speedup")
     curve.add_argument("--labels", action="store_true", help="write the thresholds at the Pareto front")
-    lengths = commands.add_parser("lengths", help="distribution of accepted lengths")
+    lengths = commands.add_parser("lengths", help="distribution of the accepted drafts a call")
     lengths.add_argument("rounds", nargs="+", metavar="ROUNDS", help="file of rounds.py")
     tokens = commands.add_parser("tokens", help="who wrote which token")
     tokens.add_argument("rounds", metavar="ROUNDS", help="file of rounds.py")

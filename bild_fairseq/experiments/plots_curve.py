@@ -1,4 +1,8 @@
-"""Quality against speed: a curve a method, the Pareto front, ablations and baselines, from a sweep's results."""
+"""Quality against speed: a curve a method, the Pareto front, ablations and baselines, from a sweep's results.
+
+Speed is the speedup over lean greedy decoding, or greedy's mean time divided by that speedup: a machine that was slower
+for a while has then not moved the settings that it met. Intervals are those of the sweep, 95 %.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BildError
-from .plots import COLORS, pyplot, read
+from .plots import COLORS, MARKERS, pyplot, read
 
 Row = dict[str, Any]
 
-MARKERS = ["o", "s", "^", "D", "v", "P"]
 LINES = {"bild": "-", "no rollback": "--", "no fallback": (0, (1, 1.5))}
 ABLATION_MARKERS = {"no rollback": "x", "no fallback": "+"}
+BEATEN = {"markersize": 3, "alpha": 0.45, "fillstyle": "none"}
+BARS = {"elinewidth": 0.7, "alpha": 0.5, "capsize": 1.5}
+AXES = {"speedup": "speedup over lean greedy", "latency": "ms a sentence: lean greedy's mean / speedup"}
 BASELINES = {"greedy": "*", "fairseq --beam 1": "X", "small alone": "p"}
+
+
+Interval = tuple[float, float]  # its lower and its upper end
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,8 @@ class Point:
     x: float
     quality: float
     speedup: float
+    x_interval: Interval
+    quality_interval: Interval
     row: Row
 
     @property
@@ -52,12 +63,9 @@ def front(points: Iterable[Point]) -> list[Point]:
 def points_of(sweep: dict[str, Any], x: str) -> Groups:
     """The points of a sweep by method and kind.
 
-    Latency is that of greedy decoding divided by the speedup: a machine that was slower for a while has then not
-    moved the settings that it met.
-
     Args:
         sweep: what ``scripts/sweep.py`` has written.
-        x: ``latency``, in milliseconds a sentence, or ``speedup``.
+        x: ``speedup``, or ``latency``: greedy's mean milliseconds a sentence divided by the speedup.
 
     Raises:
         BildError: greedy decoding has not been measured.
@@ -65,12 +73,16 @@ def points_of(sweep: dict[str, Any], x: str) -> Groups:
     greedy = {row["method"]: row["ms_mean"] for row in sweep["rows"] if row["kind"] == "greedy"}
     groups = collections.defaultdict(list)
     for row in sweep["rows"]:
-        where = row["speedup"]
+        speeds = [row[name] for name in ("speedup", "speedup_low", "speedup_high")]
         if x == "latency":
             if row["baseline"] not in greedy:
                 raise BildError("the sweep has not measured greedy decoding yet; let it go on, or add --x speedup")
-            where = greedy[row["baseline"]] / row["speedup"]
-        groups[row["method"], row["kind"]].append(Point(where, row["quality"], row["speedup"], row))
+            speeds = [greedy[row["baseline"]] / speed for speed in speeds]
+        # The interval is that of the difference to greedy decoding, whose own quality is taken as it is.
+        base = row["quality"] - row["quality_change"]
+        ends = (base + row["quality_change_low"], base + row["quality_change_high"])
+        point = Point(speeds[0], row["quality"], row["speedup"], (min(speeds), max(speeds)), ends, row)
+        groups[row["method"], row["kind"]].append(point)
     return groups
 
 
@@ -108,42 +120,71 @@ def draw(groups: Groups, metric: str, *, x: str, labels: bool, title: str) -> An
     Returns:
         a matplotlib figure.
     """
-    figure, axes = pyplot().subplots(figsize=(7.2, 4.6), layout="constrained")
-    methods = list(dict.fromkeys(method for method, kind in groups if kind in LINES))
-    for number, method in enumerate(methods):
-        draw_method(axes, groups, method, number)
+    figure, axes = pyplot().subplots(figsize=(8, 5.4), layout="constrained")
     settings = [point for (_, kind), points in groups.items() if kind == "bild" for point in points]
+    shown = {group: worth_showing(points, settings) for group, points in groups.items() if group[1] in LINES}
+    for number, method in enumerate(dict.fromkeys(method for method, _ in shown)):
+        draw_method(axes, shown, groups, method, number)
+    explain_markers(axes)
     if settings:
         draw_front(axes, front(settings), x if labels else None)
     baselines = [(m, kind, points[0]) for (m, kind), points in groups.items() if kind in BASELINES]
-    every = [point for (_, kind), points in groups.items() if kind in LINES for point in points]
-    show_range(axes, worth_showing(every, settings), [p for _, k, p in baselines if k == "greedy"])
+    show_range(axes, shown, [point for _, kind, point in baselines if kind == "greedy"])
     for method, kind, point in baselines:
         name = kind.replace("greedy", "lean greedy")
         name = name if method == "large model" else f"{method}, {name}"
         draw_baseline(axes, point, name, BASELINES[kind])
-    axes.set_xlabel("speedup over lean greedy" if x == "speedup" else "latency (ms a sentence)")
+    axes.set_xlabel(AXES[x])
     axes.set_ylabel(metric)
     axes.set_title(title)
     axes.grid(color="0.9", linewidth=0.6)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=7.5, frameon=False)
     return figure
 
 
-def draw_method(axes: Any, groups: Groups, method: str, number: int) -> None:
-    """A method's settings and ablations: a line through the best of each kind, small markers for the rest."""
+def draw_method(axes: Any, shown: Groups, groups: Groups, method: str, number: int) -> None:
+    """A line through the best of a method's settings, with intervals, and of each ablation; small markers beside them.
+
+    What is too bad to be shown is counted in the legend; the line ends before it.
+    """
     color = COLORS[number % len(COLORS)]
     for kind, line in LINES.items():
-        points = groups.get((method, kind))
+        points = shown.get((method, kind))
         if not points:
             continue
         best = front(points)
+        left_out = len(groups[method, kind]) - len(points)
         name = method if kind == "bild" else f"{method}, {kind}"
         marker = MARKERS[number % len(MARKERS)] if kind == "bild" else ABLATION_MARKERS[kind]
+        label = f"{name} ({left_out} worse, left out)" if left_out else name
         style = {"linestyle": line, "linewidth": 1.5, "color": color}
-        axes.plot(*columns(best), marker=marker, markersize=5, label=name, zorder=3, **style)
+        axes.plot(*columns(best), marker=marker, markersize=5, label=label, zorder=3, **style)
+        if kind == "bild":
+            axes.errorbar(*columns(best), fmt="none", ecolor=color, zorder=2, **bars(best), **BARS)
         rest = [point for point in points if point not in best]
-        axes.plot(*columns(rest), marker, color=color, markersize=3, alpha=0.45, fillstyle="none", zorder=2)
+        axes.plot(*columns(rest), marker, color=color, zorder=2, **BEATEN)
+
+
+def explain_markers(axes: Any) -> None:
+    """Entries of the legend for what all methods share."""
+    axes.plot([], [], "o", color="0.3", label="small: beaten by another of its curve", **BEATEN)
+    bar = {"xerr": [math.nan], "yerr": [math.nan]}
+    axes.errorbar([math.nan], [math.nan], fmt="none", ecolor="0.3", label="95 % intervals", **bar, **BARS)
+
+
+def bars(points: Sequence[Point]) -> dict[str, list[list[float]]]:
+    """The intervals of some points as matplotlib wants them: distances below and above."""
+
+    def distances(values: Sequence[float], intervals: Sequence[Interval]) -> list[list[float]]:
+        ends = list(zip(values, intervals, strict=True))
+        # A bootstrap's interval may lie beside the value.
+        return [[max(0.0, v - low) for v, (low, _) in ends], [max(0.0, high - v) for v, (_, high) in ends]]
+
+    x, quality = columns(points)
+    return {
+        "xerr": distances(x, [point.x_interval for point in points]),
+        "yerr": distances(quality, [point.quality_interval for point in points]),
+    }
 
 
 def draw_front(axes: Any, best: Sequence[Point], x: str | None) -> None:
@@ -163,19 +204,22 @@ def columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
     return [point.x for point in points], [point.quality for point in points]
 
 
-def worth_showing(every: Sequence[Point], settings: Sequence[Point]) -> list[Point]:
-    """The settings with both policies, and of the ablations those that are no worse than the worst of these."""
+def worth_showing(points: Sequence[Point], settings: Sequence[Point]) -> list[Point]:
+    """Those that are no worse than the worst setting with both policies; others would squeeze the figure."""
     worst = min((point.quality for point in settings), default=-math.inf)
-    return [point for point in every if point.quality >= worst]
+    return [point for point in points if point.quality >= worst]
 
 
-def show_range(axes: Any, settings: Sequence[Point], greedy: Sequence[Point]) -> None:
-    """Lets the settings fill the figure; a baseline far away would squeeze them."""
-    for values, limits in (
-        ([p.x for p in [*settings, *greedy]], axes.set_xlim),
-        ([p.quality for p in [*settings, *greedy]], axes.set_ylim),
+def show_range(axes: Any, shown: Groups, greedy: Sequence[Point]) -> None:
+    """Lets the points, their intervals and greedy decoding fill the figure; others would squeeze it."""
+    points = [point for group in shown.values() for point in group] + list(greedy)
+    barred = [point for (_, kind), group in shown.items() if kind == "bild" for point in front(group)]
+    for values, intervals, limits in (
+        ([p.x for p in points], [p.x_interval for p in barred], axes.set_xlim),
+        ([p.quality for p in points], [p.quality_interval for p in barred], axes.set_ylim),
     ):
-        margin = 0.08 * (max(values) - min(values)) or 0.5
+        values += [end for interval in intervals for end in interval]
+        margin = 0.04 * (max(values) - min(values)) or 0.5
         limits(min(values) - margin, max(values) + margin)
 
 

@@ -1,4 +1,7 @@
-"""How many drafted tokens a call of the large model accepts, for some settings of a file of rounds."""
+"""How many drafted tokens a call of the large model accepts, for some settings of a file of rounds.
+
+These are the accepted drafts of a call; the tokens a call of other reports also count what the large model writes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from .plots import COLORS, pyplot, setting_name
 HATCHES = ["", "////", "....", "\\\\\\\\", "xx", "--"]
 
 
-def accepted_lengths(setting: dict[str, Any]) -> list[int]:
+def accepted_drafts(setting: dict[str, Any]) -> list[int]:
     """For each large call to which the small model had its turn before, the drafted tokens that it accepted."""
     return [
         one["accepted"]
@@ -41,25 +44,25 @@ def draw(settings: Sequence[dict[str, Any]], title: str) -> Any:
     width = 0.84 / len(settings)
     longest = 0
     for number, setting in enumerate(settings):
-        lengths = accepted_lengths(setting)
-        if not lengths:
+        accepted = accepted_drafts(setting)
+        if not accepted:
             raise BildError(f"{setting_name(setting)}: the large model was never called after a draft")
-        counts = collections.Counter(lengths)
+        counts = collections.Counter(accepted)
         longest = max(longest, *counts)
-        mean = sum(lengths) / len(lengths)
+        mean = sum(accepted) / len(accepted)
         color = COLORS[number % len(COLORS)]
         axes.bar(
             [length + (number - (len(settings) - 1) / 2) * width for length in range(longest + 1)],
-            [100 * counts[length] / len(lengths) for length in range(longest + 1)],
+            [100 * counts[length] / len(accepted) for length in range(longest + 1)],
             width,
-            label=f"{setting_name(setting)}: mean {mean:.2f}",
+            label=f"{setting_name(setting)}: mean {mean:.2f} accepted drafts a call",
             facecolor=color if not number else "white",
             edgecolor=color,
             hatch=HATCHES[number],
             linewidth=1,
         )
     axes.set_xticks(range(longest + 1))
-    axes.set_xlabel("drafted tokens accepted by a call of the large model")
+    axes.set_xlabel("accepted drafts: drafted tokens that a call of the large model accepts")
     axes.set_ylabel("calls (%)")
     axes.set_title(title)
     axes.legend(fontsize=8, frameon=False)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .plots import setting_name
+
+# What Moses' tokenizer writes for characters that mean something to it.
+ENTITY = "&(?:amp|lt|gt|quot|apos|#124|#91|#93);"
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -29,13 +33,17 @@ dd {{ margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }}
 .large {{ color: var(--large); font-weight: 700; border-bottom: 2px solid; }}
 del {{ color: var(--gone); font-size: .9em; }}
 del.first {{ text-decoration-thickness: 2px; }}
+.why {{ color: var(--gone); font-size: .65em; vertical-align: super; margin-left: .2em; user-select: none; }}
 .call {{ color: var(--gone); margin: 0 .15em; user-select: none; }}
 </style>
 <h1>{title}</h1>
 <p><span class="small">small model's, kept</span> &nbsp;
 <span class="unread">small model's, never verified</span> &nbsp;
 <del class="first">small model's, rolled back</del> &nbsp; <span class="large">large model's</span> &nbsp;
-<span class="call">|</span> end of a large call. Point at a large model's token to see why it was called.</p>
+<span class="call">|</span> end of a large call</p>
+<p class="count">Beside a large model's token is the reason for the call: <b>fallback</b>, the small model was unsure;
+<b>rollback</b>, the large model took drafted tokens back; <b>full draft</b>, the draft had its full length;
+<b>first</b>, the large model writes the first token; <b>no draft</b>, the small model had no turn.</p>
 {sentences}
 </html>
 """
@@ -56,7 +64,9 @@ def page(content: dict[str, Any], count: int, title: str) -> str:
 
 def section(name: str, texts: dict[str, str], settings: Sequence[dict[str, Any]]) -> str:
     """One sentence with what each setting made of it."""
-    lines = [f"<dt>{label}</dt><dd>{html.escape(texts[label])}</dd>" for label in ("source", "reference", "greedy")]
+    lines = []
+    for label in ("source", "reference", "greedy"):
+        lines.append(f"<dt>{label}</dt><dd>{html.escape(''.join(unescape([texts[label]])))}</dd>")
     for setting in settings:
         rounds = setting["rounds"][name]
         lines.append(f"<dt>{html.escape(setting_name(setting))}</dt><dd class=output>{''.join(spans(rounds))}")
@@ -66,33 +76,54 @@ def section(name: str, texts: dict[str, str], settings: Sequence[dict[str, Any]]
 
 def spans(rounds: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The tokens of one sentence in the order in which they were written, and a bar after each large call."""
+    kept = iter(unescape([piece for one in rounds for piece in kept_pieces(one)]))
     for number, one in enumerate(rounds):
-        kept, gone = one["drafted"][: one["accepted"]], one["drafted"][one["accepted"] :]
-        for piece in kept:
-            yield span(piece, "span", "small" if one["verified"] else "unread")
-        for index, piece in enumerate(gone):
+        for _ in range(one["accepted"]):
+            yield span(next(kept), "span", "small" if one["verified"] else "unread")
+        for index, piece in enumerate(unescape(one["drafted"][one["accepted"] :])):
             yield span(piece, "del", "" if index else "first")
         if one["large"] is not None:
-            yield span(one["large"], "span", "large", reason(one, number))
+            yield span(next(kept), "span", "large", reason(one, number))
         if one["verified"]:
             yield "<span class=call>|</span>"
 
 
+def kept_pieces(one: dict[str, Any]) -> list[str]:
+    """The tokens of the text that a round wrote: the drafted ones that were kept, then the large model's."""
+    return one["drafted"][: one["accepted"]] + ([] if one["large"] is None else [one["large"]])
+
+
+def unescape(pieces: Sequence[str]) -> list[str]:
+    """The pieces of a text with characters for entities; the piece where an entity begins gets its character."""
+    owners = [number for number, piece in enumerate(pieces) for _ in piece]
+    shown = [""] * len(pieces)
+    for match in re.finditer(f"{ENTITY}|.", "".join(pieces), re.DOTALL):
+        shown[owners[match.start()]] += html.unescape(match[0]) if len(match[0]) > 1 else match[0]
+    return shown
+
+
 def span(piece: str, tag: str, kind: str, why: str = "") -> str:
-    """A token; the space at its ends stays outside, where it is not stroked."""
+    """A token with why it is there; the space at its ends stays outside, where it is not stroked."""
     text = piece.strip() or piece
-    before, _, after = piece.partition(text)
-    attributes = f' class="{kind}"' * bool(kind) + f' title="{html.escape(why)}"' * bool(why)
-    return f"{before}<{tag}{attributes}>{html.escape(text)}</{tag}>{after}"
+    start = piece.index(text)
+    before, after = piece[:start], piece[start + len(text) :]
+    attributes = f' class="{kind}"' * bool(kind)
+    note = f'<span class="why">{why}</span>' if why else ""
+    return f"{before}<{tag}{attributes}>{html.escape(text)}</{tag}>{note}{after}"
 
 
 def reason(one: dict[str, Any], number: int) -> str:
-    """Why the large model was called, or took a token back."""
+    """Why the large model was called, or took a token back, in a word or two that the page explains.
+
+    Args:
+        one: the round that the large model ended.
+        number: of the round in its sentence, from 0 on.
+    """
     if one["accepted"] < len(one["drafted"]):
         return "rollback"
     if one["fallback"]:
         return "fallback"
-    return "the draft was long enough" if one["drafted"] else "the first token" if not number else "no draft"
+    return "full draft" if one["drafted"] else "no draft" if number else "first"
 
 
 def account(rounds: Sequence[dict[str, Any]]) -> str:
