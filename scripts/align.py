@@ -21,8 +21,15 @@ import torch
 from bild_fairseq.experiments.align import Alignment
 from bild_fairseq.experiments.align_options import AlignOptions as Default
 from bild_fairseq.experiments.align_report import table
-from bild_fairseq.experiments.arguments import add_score_arguments, add_search_arguments, score_options, search_options
+from bild_fairseq.experiments.arguments import (
+    add_language_arguments,
+    add_score_arguments,
+    add_search_arguments,
+    score_options,
+    search_options,
+)
 from bild_fairseq.experiments.commandline import quiet, run
+from bild_fairseq.experiments.processes import interrupted_by_signals
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("data", type=Path, help="binarized data (fairseq-preprocess)")
+    add_language_arguments(parser)
     add("--large", type=Path, required=True, help="checkpoint of the large model")
     add("--small", type=Path, required=True, help="checkpoint of the small model")
     add("--out", type=Path, required=True, help="where the aligned small model is written")
@@ -126,7 +134,9 @@ def say(line: str) -> None:
 def main() -> None:
     quiet()
     options = parse_options(sys.argv[1:])
-    print(table(Alignment(options, say=say).run()))
+    with interrupted_by_signals():
+        report = Alignment(options, say=say).run()
+    print(table(report))
     say(f"written: {options.out}, {options.report}")
 
 

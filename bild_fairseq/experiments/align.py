@@ -10,7 +10,6 @@ import copy
 import json
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,22 +31,30 @@ from .align_report import WHEN, agreement, figures
 from .calibration_set import CalibrationSet, Limits, data_file, languages
 from .data import load_subset, make_batches, make_task
 from .files import file_digest
+from .processes import run_program
 from .scoring import Scorer
 from .systems import Run, System, ours
 from .timing import measure
-from .work_folder import begin
+from .work_folder import begin, locked
 
-USER_DIR = str(Path(__file__).resolve().parent.parent)
+Say = Callable[[str], None]  # gets a line for the person at the terminal
+Train = Callable[[Sequence[str], Say], int]  # runs fairseq-train with some flags, and returns its exit status
 
-Train = Callable[[Sequence[str]], int]  # runs fairseq-train with some flags, and returns its exit status
 
+def fairseq_train(flags: Sequence[str], say: Say) -> int:
+    """Runs fairseq-train, with this package loaded, as a program that ends with this one.
 
-def fairseq_train(flags: Sequence[str]) -> int:
-    """Runs fairseq-train as a program of its own; returns its exit status."""
+    Args:
+        flags: without ``--user-dir``.
+        say: gets its progress and warnings, a line each.
+
+    Returns:
+        its exit status.
+    """
     # glibc would return the large arrays of every update to the system and have them zeroed anew for the next one.
     keep_memory = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
-    command = [sys.executable, "-m", "fairseq_cli.train", *flags]
-    return subprocess.run(command, env=keep_memory | os.environ).returncode
+    command = [sys.executable, "-m", f"{__package__}.train_program", str(os.getpid()), *flags]
+    return run_program(command, say, keep_memory | os.environ)
 
 
 class Alignment:
@@ -62,10 +69,11 @@ class Alignment:
         BildError: the data or a model cannot be used.
     """
 
-    def __init__(self, options: AlignOptions, train: Train = fairseq_train, say: Callable[[str], None] = print):
+    def __init__(self, options: AlignOptions, train: Train = fairseq_train, say: Say = print):
         self.options = options
         self._train, self._say = train, say
-        self.task = make_task(options.data, truncate_source=options.truncate_source)
+        options.try_outputs()
+        self.task = make_task(options.data, options.source_lang, options.target_lang, options.truncate_source)
         for subset in (options.subset, options.valid_subset):
             load_subset(self.task, subset)
         self._training = options.work / "training"
@@ -80,13 +88,18 @@ class Alignment:
         self._scorer = Scorer(self.task, options.valid_subset, self._report_ids, options.score)
 
     def run(self) -> dict[str, Any]:
-        """All steps that are not done yet; returns the report."""
-        self.calibrate()
-        self.train()
-        best = self._training / "checkpoint_best.pt"
-        checkpoint = best if best.exists() else self._training / "checkpoint_last.pt"
-        write_light([checkpoint], self.options.out, half=self.options.half, keep_folders=True)
-        return self.measure()
+        """All steps that are not done yet; returns the report.
+
+        Raises:
+            BildError: another run has the work folder, its content was made with other settings, or the training fails.
+        """
+        with locked(self.options.work, "--work"):
+            self.calibrate()
+            self.train()
+            best = self._training / "checkpoint_best.pt"
+            checkpoint = best if best.exists() else self._training / "checkpoint_last.pt"
+            write_light([checkpoint], self.options.out, half=self.options.half, keep_folders=True)
+            return self.measure()
 
     def calibrate(self) -> None:
         """Makes the calibration set: a data folder with the large model's outputs as targets."""
@@ -113,15 +126,25 @@ class Alignment:
         if done.exists():
             return
         flags = self._train_flags()
-        if "--lr-scheduler" not in options.train_flags:
-            task = task_like(self.task, self._calibration.data)
-            updates = train_flags.count_updates(task, train_flags.parse(flags))
-            flags += ["--lr-scheduler", "polynomial_decay", "--total-num-update", str(updates)]
-            flags += ["--warmup-updates", str(max(1, updates // 20))]
-        status = self._train([*flags, "--user-dir", USER_DIR])
+        status = self._train([*flags, *self._flags_for_data(flags)], self._say)
         if status:
             raise BildError(f"fairseq-train ended with status {status}; its log is {self._training / 'train.log'}")
         done.touch()
+
+    def _flags_for_data(self, flags: Sequence[str]) -> list[str]:
+        """The flags of fairseq-train that depend on the sentences of the calibration set: schedule and limits."""
+        parsed = train_flags.parse(flags)
+        plan = train_flags.plan(task_like(self.task, self._calibration.data), parsed)
+        if plan.left_out:
+            too_long = f"{plan.left_out} sentences have more than --max-tokens {parsed.max_tokens} tokens"
+            self._say(f"calibration set: {too_long}; fairseq-train leaves them out")
+        more: list[str] = []
+        if parsed.max_tokens_valid is not None and plan.longest_valid > parsed.max_tokens_valid:
+            more += ["--max-tokens-valid", str(plan.longest_valid)]
+        if "--lr-scheduler" not in self.options.train_flags:
+            more += ["--lr-scheduler", "polynomial_decay", "--total-num-update", str(plan.updates)]
+            more += ["--warmup-updates", str(max(1, plan.updates // 20))]
+        return more
 
     def measure(self) -> dict[str, Any]:
         """Agreement, rates and speed with the small model before and after; a report that is there is read back."""
@@ -191,6 +214,8 @@ class Alignment:
             # The target is the large model's own choice, so accuracy is agreement.
             *("--best-checkpoint-metric", "accuracy", "--maximize-best-checkpoint-metric"),
             *("--log-file", self._training / "train.log"),
+            # On several GPUs fairseq would have the first process send the others what they cannot read safely.
+            "--load-checkpoint-on-all-dp-ranks",
         ]
         if options.distill:
             flags += ["--criterion", "word_distillation_cross_entropy"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..decoding.policies import Policy
 from ..errors import BildError
 from ..plugin.generator import SearchOptions
+from .files import try_folder
 from .scoring import ScoreOptions
 
 
@@ -19,6 +20,7 @@ class AlignOptions:
 
     Args:
         data: folder of binarized data.
+        source_lang, target_lang: the direction; None for that of the data's files.
         large, small: checkpoints.
         out: where the aligned small model is written, in half precision with ``half``.
         work: folder for all else; None for ``out`` with the suffix ``.work``.
@@ -51,6 +53,8 @@ class AlignOptions:
     cuda: bool = False
     cpu: bool = False
     seed: int = 1
+    source_lang: str | None = None
+    target_lang: str | None = None
 
     subset: str = "train"
     sample: int | None = None
@@ -101,6 +105,21 @@ class AlignOptions:
         # The class is frozen: a default that depends on another field is set like this.
         object.__setattr__(self, "work", self.work or self.out.with_suffix(".work"))
         object.__setattr__(self, "report", self.report or self.out.with_suffix(".json"))
+        if len({self.out.resolve(), self.work.resolve(), self.report.resolve()}) < 3:
+            raise BildError(f"--out {self.out}: --work and --report must have other names: {self.work}, {self.report}")
+
+    def try_outputs(self) -> None:
+        """Makes sure that all files can be written.
+
+        Raises:
+            BildError: one cannot.
+        """
+        for name in ("out", "report"):
+            path = getattr(self, name)
+            if path.is_dir():
+                raise BildError(f"{flag(name)} {path}: cannot write there, that is a folder; name a file")
+            try_folder(flag(name), path.parent)
+        try_folder("--work", self.work)
 
     def flags(self, *names: str) -> dict[str, object]:
         """Some settings, or limits of the search, under the names of their flags: what a step depends on."""

@@ -13,6 +13,7 @@ from ..decoding.counters import total
 from .scoring import Scorer
 from .systems import System
 from .timing import ratio
+from .token_batches import token_batches
 
 WHEN = ("before", "after")
 
@@ -21,7 +22,7 @@ WHEN = ("before", "after")
 def agreement(model: torch.nn.Module, dataset: FairseqDataset, cuda: bool) -> float:
     """The share of target tokens that are a model's first choice, given the source and the tokens before: 0 to 1."""
     right = count = 0
-    for ids in dataset.batch_by_size(dataset.ordered_indices(), max_tokens=4000, required_batch_size_multiple=1):
+    for ids in token_batches(dataset, range(len(dataset)), max_tokens=4000):
         batch = dataset.collater([dataset[i] for i in ids])
         batch = utils.move_to_cuda(batch) if cuda else batch
         choice = model(**batch["net_input"])[0].argmax(-1)
@@ -64,7 +65,7 @@ def figures(
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as a table of before and after."""
+    """The report as a table of before and after, and what to look at in it."""
     settings = report["settings"]
     end = ", verified end" if settings["verify_end"] else ""
     rate: Callable[[float], str] = "{:.1%}".format
@@ -79,7 +80,7 @@ def table(report: dict[str, Any]) -> str:
     def rows(setting: str, *columns: tuple[str, str, Callable[[Any], str]]) -> list[str]:
         return [row(title, *(show(report[setting][when][name]) for when in WHEN)) for title, name, show in columns]
 
-    length = ("  mean accepted length, tokens per large call", "mean_accepted_length", plain)
+    length = ("  tokens per large call", "mean_accepted_length", plain)
     faster = ("  times faster than greedy", "speedup_over_greedy", speed)
     lines = [
         row("", *WHEN),
@@ -96,5 +97,7 @@ def table(report: dict[str, Any]) -> str:
         ),
         f"lossless, fallback {settings['lossless_fallback']}:",
         *rows("lossless", length, faster),
+        f"Look at the tokens per large call (more is faster) and at {report['quality']} (it should not fall).",
+        "The acceptance rate may fall while decoding gets faster: the aligned model is surer and drafts more tokens.",
     ]
     return "\n".join(lines)

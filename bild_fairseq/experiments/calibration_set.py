@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from fairseq import utils
 from fairseq.data import LanguagePairDataset, ListDataset, indexed_dataset
@@ -22,6 +21,7 @@ from ..plugin.files import write_atomically
 from .align_options import AlignOptions
 from .splice import splices
 from .systems import Run
+from .token_batches import token_batches
 
 Example = tuple[Tensor, Tensor]  # a source and what the large model writes for it, (length,) each, end symbol included
 
@@ -115,11 +115,8 @@ class CalibrationSet:
     def _generate(self, dataset: LanguagePairDataset, ids: Sequence[int]) -> list[list[int]]:
         """What the large model writes for some sources: token numbers."""
         write = self._writer()
-        by_size = np.array(sorted(ids, key=lambda i: dataset.src_sizes[i]))
         outputs: dict[int, list[int]] = {}
-        for group in dataset.batch_by_size(
-            by_size, max_tokens=self._options.generate_tokens, required_batch_size_multiple=1
-        ):
+        for group in token_batches(dataset, ids, self._options.generate_tokens):
             batch = dataset.collater([dataset[i] for i in group])
             batch = utils.move_to_cuda(batch) if self._options.cuda else batch
             outputs |= zip(batch["id"].tolist(), write(batch), strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fairseq import options
@@ -87,23 +88,44 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
     return options.parse_args_and_arch(parser, list(flags))
 
 
-def count_updates(task: FairseqTask, parsed: argparse.Namespace) -> int:
-    """How many updates a run of fairseq-train makes.
+@dataclass(frozen=True)
+class Plan:
+    """What a run of fairseq-train will do with its data."""
+
+    updates: int
+    left_out: int  # training sentences of more than --max-tokens tokens, which fairseq-train leaves out
+    longest_valid: int  # tokens of the longest validation sentence, which must fit into a batch
+
+
+def plan(task: FairseqTask, parsed: argparse.Namespace) -> Plan:
+    """What fairseq-train will do with a data folder.
 
     Args:
-        task: of its data folder.
-        parsed: its flags, of :func:`parse`.
+        task: of the folder.
+        parsed: the flags, of :func:`parse`.
+
+    Raises:
+        BildError: no training sentence fits into a batch.
     """
-    task.load_dataset("train")
-    dataset = task.dataset("train")
+    for subset in ("train", "valid"):
+        task.load_dataset(subset)
+    dataset, valid = task.dataset("train"), task.dataset("valid")
+    ordered = dataset.ordered_indices()
+    fitting = ordered
+    if parsed.max_tokens is not None:
+        fitting, _ = dataset.filter_indices_by_size(ordered, (parsed.max_tokens, parsed.max_tokens))
+    if not len(fitting):
+        raise BildError(f"--max-tokens {parsed.max_tokens}: all sentences of the calibration set are longer; raise it")
     batches = dataset.batch_by_size(
-        dataset.ordered_indices(),
+        fitting,
         max_tokens=parsed.max_tokens,
         max_sentences=parsed.batch_size,
         required_batch_size_multiple=parsed.required_batch_size_multiple,
     )
     updates = math.ceil(len(batches) / (parsed.distributed_world_size * parsed.update_freq[0])) * parsed.max_epoch
-    return min(updates, parsed.max_update) if parsed.max_update else updates
+    if parsed.max_update:
+        updates = min(updates, parsed.max_update)
+    return Plan(updates, len(ordered) - len(fitting), int(max(map(valid.num_tokens, range(len(valid))))))
 
 
 def _same(given: Any, wanted: Any) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +29,27 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(settings, indent=1) + "\n")
+
+
+@contextmanager
+def locked(folder: Path, flag: str) -> Iterator[None]:
+    """Keeps a folder for one run at a time; the lock ends with the process, however that ends.
+
+    Args:
+        folder: made if it is not there.
+        flag: that names it, for the message.
+
+    Raises:
+        BildError: another run has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BildError(
+                f"{flag} {folder}: another run is at work there; wait for its end, or name another folder"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield

@@ -1,27 +1,31 @@
 """Alignment on a tiny task: from two models to an aligned one, interrupted and resumed, and what it must refuse.
 
-Training runs as in use, but forked from a warm interpreter (see cli_support), which is quicker. Most tests begin with
-the calibration set of the first one.
+The first training runs as in use; the others are forked from a warm interpreter (see cli_support), which is quicker,
+and begin with the calibration set of the first one.
 """
 
 import json
 import re
 import shutil
+import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cli_support import Corpus
+from cli_support import USER_DIR, Corpus
 from fairseq import checkpoint_utils
 from fairseq.data import indexed_dataset
 from fairseq.sequence_generator import SequenceGenerator
 from script_support import refused, run_script
 
 from bild_fairseq.errors import BildError
-from bild_fairseq.experiments.align import Alignment
+from bild_fairseq.experiments.align import Alignment, Say, fairseq_train
 from bild_fairseq.experiments.align_options import AlignOptions
+from bild_fairseq.experiments.work_folder import locked
 from bild_fairseq.plugin.generator import SearchOptions
 
 SHORT = {"sample": 150, "part": 100, "valid_sample": 15, "epochs": 2, "lr": 0.005, "max_tokens": 300, "sentences": 6}
@@ -36,8 +40,11 @@ class Aligner:
         self.corpus, self.folder = corpus, folder
         self.out, self.work = folder / "aligned.pt", folder / "work"
         self.said: list[str] = []
+        self.lines: list[str] = []  # that were said by the first run
         self.trainings = 0
         self.interrupt_training = self.kill_training = False  # before it starts, and after one epoch
+        self.as_in_use = False  # train with a new interpreter
+        self.processes = 1  # of the training
 
     def __call__(self, **changes: Any) -> dict[str, Any]:
         """With short settings unless ``changes`` name others; returns the report."""
@@ -48,14 +55,18 @@ class Aligner:
         options = AlignOptions(**{**settings, **changes}, train_flags=flags)
         return Alignment(options, train=self._train, say=self.said.append).run()
 
-    def _train(self, flags: Sequence[str]) -> int:
+    def _train(self, flags: Sequence[str], say: Say) -> int:
         if self.interrupt_training:
             raise KeyboardInterrupt
         self.trainings += 1
-        if self.kill_training:
-            self.corpus.programs("train", *flags, "--max-epoch", 1)
-            return -9
-        return self.corpus.programs("train", *flags, status=None).status
+        if self.as_in_use:
+            return fairseq_train(flags, say)
+        more = ["--max-epoch", 1] if self.kill_training else []
+        train = partial(self.corpus.programs, "train", *flags, *more, "--user-dir", USER_DIR)
+        with ThreadPoolExecutor() as threads:
+            ranks = [["--distributed-rank", rank] for rank in range(self.processes)]
+            ends = list(threads.map(lambda rank: train(*rank).status, ranks if len(ranks) > 1 else [[]]))
+        return -9 if self.kill_training else max(ends)
 
     def train_log(self) -> str:
         return (self.work / "training" / "train.log").read_text()
@@ -65,7 +76,10 @@ class Aligner:
 def done(corpus, tmp_path_factory) -> tuple[Aligner, dict[str, Any]]:
     """An alignment that is done, and its report."""
     aligner = Aligner(corpus, tmp_path_factory.mktemp("done"))
-    return aligner, aligner(**LEARNS)
+    aligner.as_in_use = True
+    report = aligner(**LEARNS)
+    aligner.lines = list(aligner.said)
+    return aligner, report
 
 
 @pytest.fixture
@@ -101,9 +115,8 @@ def test_the_calibration_set_is_what_fairseq_writes_greedily(done, corpus):
             assert source[-1] == target[-1] == task.target_dictionary.eos()
 
 
-def test_the_small_model_learns_to_agree(done, corpus):
+def test_the_small_model_learns_to_agree(done):
     aligner, report = done
-    assert aligner.trainings == 1
     assert report["agreement"]["after"] > report["agreement"]["before"] + 0.05
     for name in ("before", "after"):
         assert report["lossless"][name]["differ_from_greedy"] == 0
@@ -130,6 +143,17 @@ def test_the_aligned_model_is_a_light_checkpoint_that_fairseq_reads(done, corpus
     assert wanted <= set(run.texts().values())
 
 
+def test_a_training_tells_how_it_gets_on_and_no_more(done):
+    """Its log has all that fairseq says, the model and all options among it."""
+    aligner, _ = done
+    (before,) = (n for n, line in enumerate(aligner.lines) if line.startswith("calibration set, train: "))
+    shown = aligner.lines[before + 1 : aligner.lines.index("measuring the small model before and after")]
+    assert len([line for line in shown if " | train | epoch 0" in line]) == LEARNS["epochs"]
+    assert len([line for line in shown if " | valid | epoch 0" in line]) == LEARNS["epochs"]
+    assert len(shown) < 4 * LEARNS["epochs"]
+    assert "TransformerModel" in aligner.train_log() and "TransformerModel" not in "".join(shown)
+
+
 def test_done_is_done(done, corpus):
     """The same command starts nothing and measures nothing anew; the script prints the figures."""
     aligner, report = done
@@ -142,6 +166,7 @@ def test_done_is_done(done, corpus):
     run = run_script(corpus, "align", corpus.data, *words)
     agreement = [f"{report['agreement'][when]:.1%}" for when in ("before", "after")]
     assert run.out.splitlines()[1].split()[-2:] == agreement
+    assert run.out.splitlines()[-2].startswith("Look at the tokens per large call (more is faster) and at BLEU")
     assert run.err.splitlines()[-1] == f"written: {aligner.out}, {aligner.folder / 'aligned.json'}"
     assert "measuring" not in run.err
 
@@ -156,6 +181,17 @@ def test_a_killed_training_goes_on_from_its_last_epoch(aligner):
     assert aligner.trainings == 1 and "teacher" not in aligner.train_log()
     assert aligner.train_log().count("end of epoch 1 ") == aligner.train_log().count("end of epoch 2 ") == 1
     assert report["agreement"]["after"] > report["agreement"]["before"]
+
+
+def test_two_processes_train_together(aligner):
+    """As on two GPUs: both begin with the small model, and half as many updates are an epoch."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    gloo = "--distributed-world-size 2 --distributed-no-spawn --distributed-backend gloo --ddp-backend legacy_ddp"
+    aligner.processes = 2
+    aligner(train_flags=[*gloo.split(), "--distributed-init-method", f"tcp://localhost:{port}"])
+    assert re.findall(r"\| num_updates \d+ \| lr (\S+) ", aligner.train_log())[-1] == "0"
 
 
 def test_changed_settings_are_noticed(aligner, corpus):
@@ -174,10 +210,16 @@ def test_changed_settings_are_noticed(aligner, corpus):
 
 
 def test_flags_after_the_dashes_win(aligner):
-    aligner(train_flags=["--lr-scheduler", "fixed", "--max-update", "3"])
+    """With few tokens a batch, too: longer sentences are no part of the training, but of the validation."""
+    aligner(max_tokens=6, train_flags=["--lr-scheduler", "fixed", "--max-update", "3"])
+    sizes = [max(len(source), len(target)) for source, target in calibration_set(aligner, "train")]
+    too_long = sum(size > 6 for size in sizes)
+    assert 0 < too_long < len(sizes) and max(map(len, sum(map(list, calibration_set(aligner, "valid")), []))) > 6
+    said = f"{too_long} sentences have more than --max-tokens 6 tokens; fairseq-train leaves them out"
+    assert f"calibration set: {said}" in aligner.said
     assert "| num_updates 3 " in aligner.train_log()
     with pytest.raises(BildError, match="training was made with flags after -- "):
-        aligner(train_flags=["--max-update", "3"])
+        aligner(max_tokens=6, train_flags=["--max-update", "3"])
 
 
 @pytest.mark.parametrize(
@@ -218,6 +260,35 @@ def test_unfit_models_are_refused_before_the_work_starts(fresh, corpus, tmp_path
         with pytest.raises(BildError, match=message):
             fresh(**changes)
     assert fresh.said == [] and not fresh.work.exists()
+
+
+def test_files_to_write_are_tried_before_the_work_starts(fresh, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for changes, message in (
+        ({"out": file / "aligned.pt"}, f"--out {file}: cannot write there"),
+        ({"out": tmp_path}, f"--out {tmp_path}: cannot write there, that is a folder; name a file"),
+        ({"report": tmp_path}, f"--report {tmp_path}: cannot write there, that is a folder"),
+        ({"report": file / "report.json"}, f"--report {file}: cannot write there"),
+        ({"work": file}, f"--work {file}: cannot write there"),
+        ({"report": fresh.out}, f"--out {fresh.out}: --work and --report must have other names"),
+    ):
+        with pytest.raises(BildError, match=f"^{message}"):
+            fresh(**changes)
+    assert fresh.said == [] and list(tmp_path.iterdir()) == [file]
+
+
+def test_one_run_at_a_time_in_a_work_folder(fresh):
+    with locked(fresh.work, "--work"), pytest.raises(BildError, match="--work .*: another run is at work there"):
+        fresh()
+    assert fresh.said == []
+
+
+def test_a_model_of_the_other_direction_is_refused(fresh):
+    with pytest.raises(BildError, match="source language is x, this data's is y"):
+        fresh(source_lang="y", target_lang="x")
+    with pytest.raises(BildError, match="give both -s and -t"):
+        fresh(source_lang="y")
 
 
 def test_the_script_refuses_in_one_line(corpus, tmp_path):

@@ -102,6 +102,15 @@ def test_outputs_without_an_end_are_left_out(maker):
     assert pairs(made) == [(source, backwards(source)) for source in SOURCES if len(source) <= 6]
 
 
+def test_a_source_that_is_longer_than_a_batch_is_a_batch_of_its_own(maker):
+    made = maker(part=100, generate_tokens=12)
+    assert pairs(made) == [(source, backwards(source)) for source in SOURCES]
+    assert max(maker.batches) == 3  # of the shortest, with four tokens each
+    maker.batches.clear()
+    assert pairs(maker("short", generate_tokens=4)) == pairs(made)
+    assert maker.batches == [1] * (3 + 23)
+
+
 def test_spliced_sources_come_after_the_corpus_own(maker):
     plain = pairs(maker())
     rows = pairs(maker("spliced", splice=12))
