@@ -105,6 +105,8 @@ def python(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) == 2:
+        for module in ("checkpoint_utils", "options", "sequence_generator", "trainer"):
+            importlib.import_module(f"fairseq.{module}")
         gc.collect()
         gc.freeze()  # a child does not search these modules for garbage when it ends, which would take a second
         serve(sys.argv[1])

@@ -15,6 +15,7 @@ from ..errors import BildError
 
 # Dark and light in turn, so that neighbours differ on paper too.
 COLORS = ["#1f4e8c", "#e07b00", "#117a5c", "#b03060", "#6f5f9e", "#8c6d1f"]
+MARKERS = ["o", "s", "^", "D", "v", "P"]
 
 
 def read(path: str, name: str, wanted: Sequence[str]) -> dict[str, Any]:

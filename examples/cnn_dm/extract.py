@@ -1,19 +1,16 @@
 """Make the text of CNN/DailyMail (articles, their highlights) from the archives of stories.
 
-    python extract.py OUT --downloads FOLDER
+    python ../common/extract.py . OUT --downloads FOLDER
 
 Cased and not tokenized, as for BART; the highlights of an article follow each other on one line.
 """
 
 import hashlib
 import pathlib
-import sys
 from collections.abc import Iterable, Iterator
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "common"))
-
-import corpus  # noqa: E402
-from download import Published  # noqa: E402
+import corpus
+from download import Published
 
 LANGUAGES = ("source", "target")
 # Checksums and counts are those of the Hugging Face data set cnn_dailymail, whose copies of the archives these are;
@@ -49,6 +46,7 @@ SPLIT = {
         "sha256:c4f5efb5ec2126430a5c156efbd13d0e9c4cb490169e552c38b4a51981a009bd",
     ),
 }
+FILES = [*ARCHIVES, *SPLIT.values()]
 PUBLISHED = {"train": 287_113, "valid": 13_368, "test": 11_490}
 HIGHLIGHT = "@highlight"
 SENTENCE_ENDS = (".", "!", "?", "'", "`", '"', ")", "\u2019", "\u201d")
@@ -80,7 +78,3 @@ def read(downloads: pathlib.Path) -> Iterator[tuple[str, Iterable[corpus.Pair]]]
     for part, addresses in SPLIT.items():
         names = map(file_name, (downloads / addresses.name).read_text(encoding="utf-8").split())
         yield part, (pairs[name] for name in names if name in pairs)
-
-
-if __name__ == "__main__":
-    corpus.extract(__doc__, [*ARCHIVES, *SPLIT.values()], read, LANGUAGES, PUBLISHED)

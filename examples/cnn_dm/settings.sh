@@ -14,7 +14,7 @@ sweep_sentences=200
 # examples/common/preprocess.py: articles are cut where BART's positions end.
 preprocess=(--longest 1022)
 
-# The large model is fairseq's bart.large.cnn_dm as released. With LARGE_ARCHIVE= (empty) train-large runs fairseq-train
+# The large model is fairseq's bart.large.cnn as released. With LARGE_ARCHIVE= (empty) train-large runs fairseq-train
 # with `large` instead: add --finetune-from-model bart.large/model.pt.
 large_archive=${LARGE_ARCHIVE-bart.large.cnn}
 

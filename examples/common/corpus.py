@@ -2,7 +2,7 @@
 
     python corpus.py FOLDER OUT --languages de en
 
-takes the six files from a folder of the user's. Each benchmark's extract.py makes them from the published archives.
+takes the six files from a folder of the user's; extract.py makes them from the published archives of a benchmark.
 """
 
 import argparse
@@ -11,17 +11,14 @@ import os
 import pathlib
 import sys
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO
-
-from download import Published, fetch
 
 PARTS = ("train", "valid", "test")
 # What others call the validation part.
 ALIASES = {"train": ("train",), "valid": ("valid", "val", "dev", "validation"), "test": ("test",)}
 
 Pair = tuple[str, str]
-Reader = Callable[[pathlib.Path], Iterator[tuple[str, Iterable[Pair]]]]
 
 
 @contextlib.contextmanager
@@ -103,29 +100,6 @@ def aligned(what: str, sources: list[str], targets: list[str]) -> Iterator[Pair]
     if len(sources) != len(targets):
         raise SystemExit(f"corpus: {what} has {len(sources)} source lines, but {len(targets)} target lines")
     return zip(sources, targets, strict=True)
-
-
-def extract(
-    description: str, files: list[Published], read: Reader, languages: tuple[str, str], published: Mapping[str, int]
-) -> None:
-    """The command line of an extract.py.
-
-    Args:
-        description: for ``--help``.
-        files: what to download.
-        read: from the download folder, yields parts and their pairs.
-        languages: suffixes of the two sides.
-        published: how many pairs the literature gives for each part.
-    """
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("out", type=pathlib.Path, help="folder for {train,valid,test}.{SOURCE,TARGET}")
-    parser.add_argument("--downloads", type=pathlib.Path, required=True, help="folder for the archives")
-    args = parser.parse_args()
-    ends = ",".join(languages)
-    fetch(files, args.downloads, f"; or name a folder with {{train,valid,test}}.{{{ends}}} in RAW")
-    for part, pairs in read(args.downloads):
-        count = write_part(args.out, part, languages, pairs)
-        print(f"{part}: {count} pairs (published: {published[part]})", file=sys.stderr)
 
 
 def find_side(folder: pathlib.Path, part: str, language: str) -> pathlib.Path:

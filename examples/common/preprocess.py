@@ -12,11 +12,11 @@ import argparse
 import functools
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -166,10 +166,11 @@ def find_vocabulary(folder: pathlib.Path | None, out: pathlib.Path) -> tuple[pat
         SystemExit: a file is missing, or cannot be downloaded.
     """
     if folder is None:
-        return fetch(VOCABULARY, out / "gpt2_bpe")[0].parent, out / "gpt2_bpe" / "dict.txt"
+        instead = "; or name a folder with encoder.json and vocab.bpe in GPT2_BPE"
+        return fetch(VOCABULARY, out / "gpt2_bpe", instead)[0].parent, out / "gpt2_bpe" / "dict.txt"
     for name in ("encoder.json", "vocab.bpe"):
         if not (folder / name).is_file():
-            raise SystemExit(f"preprocess: {folder} has no {name}")
+            raise SystemExit(f"preprocess: {folder}, which GPT2_BPE or --vocabulary names, has no {name}")
     if (folder / "dict.txt").is_file():
         return folder, folder / "dict.txt"
     dictionary = out / "dict.txt"
@@ -183,20 +184,27 @@ def dictionaries(source: pathlib.Path, target: pathlib.Path) -> list[str]:
 
 
 def binarize(out: pathlib.Path, languages: tuple[str, str], flags: Sequence[str], workers: int) -> None:
-    """Run fairseq-preprocess; OUT/data-bin appears once it is complete."""
+    """Do what fairseq-preprocess does; OUT/data-bin, with its log, appears once it is complete.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    from fairseq import options
+    from fairseq_cli.preprocess import main as fairseq_preprocess
+
+    for handler in logging.getLogger().handlers:  # of the terminal; the log has all
+        handler.setLevel(logging.WARNING)
     say("binarizing")
     making = out / "data-bin.tmp"
     shutil.rmtree(making, ignore_errors=True)
-    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--destdir", str(making), "--workers", str(workers)]
-    command += ["--source-lang", languages[0], "--target-lang", languages[1], *flags]
+    words = ["--destdir", str(making), "--workers", str(workers)]
+    words += ["--source-lang", languages[0], "--target-lang", languages[1], *flags]
     for part in PARTS:
-        command += [f"--{part}pref", str(out / f"{part}.bpe")]
-    log = out / "preprocess.log"
-    with log.open("w", encoding="utf-8") as output:
-        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
-    if status:
-        lines = log.read_text(encoding="utf-8").strip().split("\n")
-        raise SystemExit(f"preprocess: fairseq-preprocess failed: {lines[-1]} (all of it: {log})")
+        words += [f"--{part}pref", str(out / f"{part}.bpe")]
+    try:
+        fairseq_preprocess(options.get_preprocessing_parser().parse_args(words))
+    except Exception as error:
+        raise SystemExit(f"preprocess: fairseq-preprocess failed: {type(error).__name__}: {error}") from error
     os.replace(making, out / "data-bin")
 
 

@@ -33,7 +33,7 @@ def shrink(weights: dict[str, torch.Tensor], keep: dict[str, int]) -> dict[str, 
     for name in weights:
         if match := LAYER.fullmatch(name):
             numbers[match[1]].add(int(match[2]))
-    places = {
+    kept = {
         side: {old: new for new, old in enumerate(spaced(len(found), keep[side]))} for side, found in numbers.items()
     }
     result = {}
@@ -41,8 +41,8 @@ def shrink(weights: dict[str, torch.Tensor], keep: dict[str, int]) -> dict[str, 
         match = LAYER.fullmatch(name)
         if not match:
             result[name] = tensor
-        elif int(match[2]) in places[match[1]]:
-            result[f"{match[1]}.layers.{places[match[1]][int(match[2])]}.{match[3]}"] = tensor
+        elif int(match[2]) in kept[match[1]]:
+            result[f"{match[1]}.layers.{kept[match[1]][int(match[2])]}.{match[3]}"] = tensor
     return result
 
 

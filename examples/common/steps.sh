@@ -26,6 +26,7 @@ work=${WORK:-$here/work}
 downloads=${DOWNLOADS:-$work/download}
 vocabulary=${GPT2_BPE:-$work/data/gpt2_bpe}
 data=$work/data/data-bin
+direction=(--source-lang "$source_language" --target-lang "$target_language")
 results=${RESULTS:-$work/results}
 threads=${OMP_NUM_THREADS:-$(nproc)}
 export OMP_NUM_THREADS=$threads
@@ -86,7 +87,7 @@ need_model() {
 }
 
 declare -F extract >/dev/null || extract() {
-    run python "$here/extract.py" "$work/raw" --downloads "$downloads"
+    run python "$common/extract.py" "$here" "$work/raw" --downloads "$downloads"
 }
 
 step_prepare() {
@@ -123,7 +124,7 @@ train() {
     find_device
     [[ -z $gpu ]] || device=(--fp16)
     run python -m fairseq_cli.train "$data" --user-dir "$root/bild_fairseq" --save-dir "$work/checkpoints/$name" \
-        --task translation --source-lang "$source_language" --target-lang "$target_language" "${device[@]}" \
+        --task translation "${direction[@]}" "${device[@]}" \
         --required-batch-size-multiple 1 --skip-invalid-size-inputs-valid-test --keep-last-epochs $((average > 1 ? average : 1)) \
         --no-progress-bar --log-interval 100 --seed 1 "$@"
     run python "$common/export.py" "$work/checkpoints/$name" "$work/$name.pt" --average "$average"
@@ -184,7 +185,7 @@ step_align() {
     done
     [[ $# -eq 0 ]] || shift
     set_score valid
-    run python "$root/scripts/align.py" "$data" --large "$large_model" --small "$small_model" \
+    run python "$root/scripts/align.py" "$data" "${direction[@]}" --large "$large_model" --small "$small_model" \
         --out "$work/aligned.pt" "${search[@]}" "${score[@]}" "${align[@]}" "${flags[@]}" -- "${align_train[@]}" "$@"
 }
 
@@ -194,7 +195,7 @@ set_measured() {
     need_data
     find_device
     set_score "$subset"
-    measured=("$data" --subset "$subset" --sentences "${SENTENCES:-$sentences}" --threads "$threads")
+    measured=("$data" "${direction[@]}" --subset "$subset" --sentences "${SENTENCES:-$sentences}" --threads "$threads")
     [[ -z $gpu ]] || measured+=(--cuda)
     measured+=("${search[@]}" "${score[@]}")
 }

@@ -9,12 +9,13 @@ kind of GPU with the authors' models found ("rerun").
 
 import argparse
 import json
-import os
 import pathlib
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from corpus import writing
 
 Row = dict[str, Any]
 
@@ -257,9 +258,8 @@ def main() -> None:
         return
     text = document(paper, args.results)
     out = args.out or args.results / "TABLE.md"
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, out)
+    with writing(out) as file:
+        file.write(text)
     print(text, end="")
     print(f"table: written to {out}", file=sys.stderr)
 

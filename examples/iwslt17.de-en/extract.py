@@ -1,6 +1,6 @@
 """Make the German-English text of IWSLT 2017 from the archive of WIT3 (TED talks).
 
-    python extract.py OUT --downloads FOLDER
+    python ../common/extract.py . OUT --downloads FOLDER
 
 Validation is dev2010 (888 pairs, the number that the paper's results are on), test is tst2010 to tst2015.
 """
@@ -8,13 +8,10 @@ Validation is dev2010 (888 pairs, the number that the paper's results are on), t
 import itertools
 import pathlib
 import re
-import sys
 from collections.abc import Iterable, Iterator
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "common"))
-
-import corpus  # noqa: E402
-from download import Published  # noqa: E402
+import corpus
+from download import Published
 
 LANGUAGES = ("de", "en")
 # Address and checksum are those that sacrebleu has for its data set iwslt17/dev2010.
@@ -23,6 +20,7 @@ ARCHIVE = Published(
     ("https://raw.githubusercontent.com/hlt-mt/WIT3/master/archive/2017-01-trnted/texts/de/en/de-en.tgz",),
     "md5:ca2b94d694150d4d6c5dc64c200fa589",
 )
+FILES = [ARCHIVE]
 # The counts of the same splits in the Hugging Face data set iwslt2017-de-en.
 PUBLISHED = {"train": 206_112, "valid": 888, "test": 8_079}
 EVALUATION = {"valid": ["dev2010"], "test": [f"tst{year}" for year in range(2010, 2016)]}
@@ -50,7 +48,3 @@ def read(downloads: pathlib.Path) -> Iterator[tuple[str, Iterable[corpus.Pair]]]
 def evaluation_pairs(archive: pathlib.Path, name: str) -> Iterator[corpus.Pair]:
     sides = corpus.read_named(archive, [f"de-en/IWSLT17.TED.{name}.de-en.{language}.xml" for language in LANGUAGES])
     return corpus.aligned(name, *map(segments, sides))
-
-
-if __name__ == "__main__":
-    corpus.extract(__doc__, [ARCHIVE], read, LANGUAGES, PUBLISHED)

@@ -1,20 +1,16 @@
 """Make the German-English text of WMT 2014: Europarl v7, CommonCrawl, News Commentary v9.
 
-    python extract.py OUT --downloads FOLDER
+    python ../common/extract.py . OUT --downloads FOLDER
 
 Validation is newstest2013 (3,000 pairs, the number that the paper's results are on), test the full newstest2014.
 """
 
-import itertools
 import pathlib
 import re
-import sys
 from collections.abc import Iterable, Iterator
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "common"))
-
-import corpus  # noqa: E402
-from download import Published  # noqa: E402
+import corpus
+from download import Published
 
 LANGUAGES = ("de", "en")
 # Addresses and checksums of the training text are those of the TensorFlow data set wmt14_translate; those of the
@@ -51,6 +47,7 @@ EVALUATION = {
         ("test-full/newstest2014-deen-src.de.sgm", "test-full/newstest2014-deen-ref.en.sgm"),
     ),
 }
+FILES = [*TRAINING, *(archive for archive, _ in EVALUATION.values())]
 # Training: the same corpora in the Hugging Face data set wmt14/de-en, which leaves out a few pairs more.
 PUBLISHED = {"train": 4_508_785, "valid": 3_000, "test": 3_003}
 SEGMENT = re.compile(r"<seg[^>]*>(.*?)</seg>")
@@ -68,8 +65,3 @@ def read(downloads: pathlib.Path) -> Iterator[tuple[str, Iterable[corpus.Pair]]]
         texts = corpus.read_named(downloads / archive.name, names)
         sides = [[match[1] for line in lines if (match := SEGMENT.search(line))] for lines in texts]
         yield part, corpus.aligned(archive.name, *sides)
-
-
-if __name__ == "__main__":
-    files = list(itertools.chain(TRAINING, (archive for archive, _ in EVALUATION.values())))
-    corpus.extract(__doc__, files, read, LANGUAGES, PUBLISHED)

@@ -1,6 +1,6 @@
 """Make the text of XSUM (BBC articles, one-sentence summaries) from its authors' archive.
 
-    python extract.py OUT --downloads FOLDER
+    python ../common/extract.py . OUT --downloads FOLDER
 
 An article is the body of the page, its summary the first sentence, as the authors define them; the title is not used.
 """
@@ -8,13 +8,10 @@ An article is the body of the page, its summary the first sentence, as the autho
 import json
 import pathlib
 import re
-import sys
 from collections.abc import Iterable, Iterator
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "common"))
-
-import corpus  # noqa: E402
-from download import Published  # noqa: E402
+import corpus
+from download import Published
 
 LANGUAGES = ("source", "target")
 # Checksums and counts are those of the Hugging Face data set xsum.
@@ -34,6 +31,7 @@ SPLIT = Published(
     ),
     "sha256:9c0c5d8f048a90bd68b19a34e4c30577ed270d3247b2119fa06a04ef46292068",
 )
+FILES = [ARTICLES, SPLIT]
 PUBLISHED = {"train": 204_045, "valid": 11_332, "test": 11_334}
 NAMES = {"train": "train", "valid": "validation", "test": "test"}
 # Buttons of the page.
@@ -66,7 +64,3 @@ def read(downloads: pathlib.Path) -> Iterator[tuple[str, Iterable[corpus.Pair]]]
     pairs = {pathlib.PurePosixPath(name).stem: parse(content.decode("utf-8")) for name, content in members}
     for part, name in NAMES.items():
         yield part, (pairs[number] for number in split[name] if number in pairs)
-
-
-if __name__ == "__main__":
-    corpus.extract(__doc__, [ARTICLES, SPLIT], read, LANGUAGES, PUBLISHED)

@@ -1,8 +1,10 @@
 """The benchmarks under examples/: their settings, the way from raw text to a table, downloads, and what goes wrong."""
 
 import argparse
+import functools
 import hashlib
 import http.server
+import importlib
 import importlib.util
 import json
 import os
@@ -12,12 +14,12 @@ import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -34,11 +36,15 @@ OFFLINE = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https
 WORDS = ["Der", "Hund", "sieht", "die", "Katze", "nicht", "und", "schläft", "heute", "lange"]
 
 
+@pytest.fixture(autouse=True)
+def _common_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules beside a program are there, as when it runs."""
+    monkeypatch.syspath_prepend(COMMON)
+
+
+@functools.cache
 def load(path: Path) -> ModuleType:
-    """A script as a module; each call makes a new one."""
-    for folder in (path.parent, COMMON):
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
+    """A script, or what a benchmark says of its text, as a module."""
     spec = importlib.util.spec_from_file_location(f"example_{path.parent.name}_{path.stem}".replace(".", "_"), path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -46,31 +52,31 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def run_step(
-    benchmark: str, work: Path, *arguments: object, status: int = 0, **variables: object
-) -> subprocess.CompletedProcess:
-    """``bash run.sh`` of a benchmark, offline, in the environment of the tests."""
-    if "DRY_RUN" not in variables:
-        # run.sh would install what is missing.
-        pytest.importorskip("rouge_score")
-        pytest.importorskip("matplotlib")
-    environment = {
-        **os.environ,
-        **OFFLINE,
-        "VIRTUAL_ENV": sys.prefix,
-        "OMP_NUM_THREADS": "1",
-        "CPU": "1",
-        "WORK": str(work),
-        **{name: str(value) for name, value in variables.items()},
-    }
-    done = subprocess.run(
-        ["bash", str(EXAMPLES / benchmark / "run.sh"), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == status, f"{arguments}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
-    return done
+Step = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope="module")
+def run_step(programs, tmp_path_factory) -> Step:
+    """``bash run.sh`` of a benchmark, offline, in an environment whose Python waits for no imports."""
+    environment = tmp_path_factory.mktemp("environment")
+    programs.bin(environment / "bin")
+
+    def run(benchmark: str, work: Path, *arguments: object, status: int = 0, **variables: object) -> Any:
+        if "DRY_RUN" not in variables:
+            # run.sh would install what is missing.
+            pytest.importorskip("rouge_score")
+            pytest.importorskip("matplotlib")
+        defaults = {"VIRTUAL_ENV": environment, "OMP_NUM_THREADS": 1, "CPU": 1, "WORK": work}
+        done = subprocess.run(
+            ["bash", str(EXAMPLES / benchmark / "run.sh"), *map(str, arguments)],
+            env={**os.environ, **OFFLINE, **{name: str(value) for name, value in {**defaults, **variables}.items()}},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == status, f"{arguments}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+        return done
+
+    return run
 
 
 def error_line(done: subprocess.CompletedProcess) -> str:
@@ -111,12 +117,12 @@ def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_translation_from_raw_text_to_the_table(tmp_path):
+def test_translation_from_raw_text_to_the_table(run_step, tmp_path):
     raw, work = tmp_path / "mine", tmp_path / "work"
     write_raw(raw, ("de", "en"), {"train": 40, "dev": 6, "test": 5})
     (raw / "train.de").write_text((raw / "train.de").read_text() + "\n")  # a pair without a source
     (raw / "train.en").write_text((raw / "train.en").read_text() + "NOTHING.\n")
-    run = partial(run_step, "iwslt17.de-en", work, SENTENCES=3, SUBSETS="valid", RAW=raw)
+    run = functools.partial(run_step, "iwslt17.de-en", work, SENTENCES=3, SUBSETS="valid", RAW=raw)
 
     run("prepare", "--merges", 20, "--workers", 1)
     assert len((work / "raw/train.de").read_text().splitlines()) == 40
@@ -145,11 +151,11 @@ def test_translation_from_raw_text_to_the_table(tmp_path):
     assert times(work) == before, "a finished step wrote something"
 
 
-def test_summarization_from_raw_text_to_a_small_model(tmp_path):
+def test_summarization_from_raw_text_to_a_small_model(run_step, tmp_path):
     raw, work = tmp_path / "mine", tmp_path / "work"
     write_raw(raw, ("source", "target"), {"train": 30, "val": 4, "test": 4})
     write_byte_vocabulary(tmp_path / "bytes")
-    run = partial(
+    run = functools.partial(
         run_step,
         *("xsum", work),
         **{"RAW": raw, "GPT2_BPE": tmp_path / "bytes", "LARGE_ARCHIVE": "", "SENTENCES": 2, "SUBSETS": "test"},
@@ -170,7 +176,7 @@ def test_summarization_from_raw_text_to_a_small_model(tmp_path):
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
-def test_every_command_of_a_benchmark_is_accepted_by_its_program(benchmark, tmp_path, monkeypatch):
+def test_every_command_of_a_benchmark_is_accepted_by_its_program(run_step, benchmark, tmp_path, monkeypatch):
     """Names of files apart: with settings that a program does not know, a step would fail after hours."""
     for script in (EXAMPLES / benchmark / "run.sh", EXAMPLES / benchmark / "settings.sh", COMMON / "steps.sh"):
         subprocess.run(["bash", "-n", script], check=True)
@@ -194,7 +200,7 @@ def test_every_command_of_a_benchmark_is_accepted_by_its_program(benchmark, tmp_
         if program == "-m":
             options.parse_args_and_arch(options.get_training_parser(), words)
         elif "/scripts/align.py" in program:
-            load(Path(program))._parser().parse_args(words[: words.index("--")])
+            load(Path(program)).make_parser().parse_args(words[: words.index("--")])
         elif "/scripts/" in program or program.endswith("preprocess.py"):
             assert isinstance(load(Path(program)).parse_args(), argparse.Namespace)
     wanted = {"preprocess", "fairseq_cli.train", "align", "calibrate", "sweep", "benchmark", "rounds", "plot", "table"}
@@ -202,16 +208,18 @@ def test_every_command_of_a_benchmark_is_accepted_by_its_program(benchmark, tmp_
 
 
 @pytest.mark.parametrize("benchmark", WITH_DOWNLOADS)
-def test_offline_one_line_says_what_to_download_and_where_to_put_it(benchmark, tmp_path):
+def test_offline_one_line_says_what_to_download_and_where_to_put_it(run_step, benchmark, tmp_path):
     message = error_line(run_step(benchmark, tmp_path / "work", "prepare", status=1))
-    archives = load(EXAMPLES / benchmark / "extract.py")
-    published = [value for value in vars(archives).values() if isinstance(value, archives.Published)]
-    assert all(file.urls[0] in message for file in published)
+    text = load(EXAMPLES / benchmark / "extract.py")
+    assert all(file.urls[0] in message for file in text.FILES)
     assert str(tmp_path / "work/download") in message and "RAW" in message
+    # The README names the files of one's own as the message does.
+    names = re.search(r"\{train,valid,test\}\.\{\S+\}", message)[0]
+    assert f"`{names}`" in (EXAMPLES / benchmark / "README.md").read_text()
     assert not (tmp_path / "work/raw").exists()
 
 
-def test_a_step_says_which_step_comes_before_it(tmp_path):
+def test_a_step_says_which_step_comes_before_it(run_step, tmp_path):
     work = tmp_path / "work"
     assert "run.sh prepare" in error_line(run_step("iwslt17.de-en", work, "train-large", status=1))
     assert "run.sh train-large" in error_line(run_step("iwslt17.de-en", work, "sweep", status=1))
@@ -301,7 +309,7 @@ def test_cnn_dm_stories_are_found_by_the_hash_of_their_address(tmp_path):
 
 
 def test_a_users_text_is_checked_and_made_one_line_a_line(tmp_path, capsys):
-    corpus = load(COMMON / "corpus.py")
+    corpus = importlib.import_module("corpus")
     write_raw(tmp_path / "mine", ("a", "b"), {"train": 3, "val": 2, "test": 2})
     (tmp_path / "mine/test.a").write_text("one\x0btwo\u2028three \x85\nfour\n")
     corpus.take(tmp_path / "mine", tmp_path / "out", ("a", "b"))
@@ -358,7 +366,7 @@ def serving(at_once: int) -> Iterator[tuple[str, list[str | None]]]:
 
 def test_a_download_goes_on_where_it_broke_off(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    download = load(COMMON / "download.py")
+    download = importlib.import_module("download")
     checksum = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
     (tmp_path / "file.part").write_bytes(CONTENT[:100])
     with serving(at_once=4000) as (url, asked):
@@ -375,7 +383,7 @@ def test_a_download_goes_on_where_it_broke_off(tmp_path, monkeypatch):
 
 def test_a_download_that_is_not_what_was_published_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    download = load(COMMON / "download.py")
+    download = importlib.import_module("download")
     checksum = "md5:" + hashlib.md5(CONTENT).hexdigest()
     with serving(at_once=10**6) as (good, _):
         wrong = download.Published("file", (good,), "md5:" + "0" * 32)
@@ -391,7 +399,7 @@ def test_a_download_that_is_not_what_was_published_is_not_kept(tmp_path, monkeyp
 
 
 def test_training_pairs_of_unlike_or_great_length_are_left_out():
-    is_clean = load(COMMON / "preprocess.py").is_clean
+    is_clean = importlib.import_module("preprocess").is_clean
     assert is_clean("a b c", "x y", 3, 1.5)
     assert not is_clean("a b c", "x", 3, 1.5)
     assert not is_clean("a b c d", "w x y z", 3, 1.5)
@@ -399,7 +407,7 @@ def test_training_pairs_of_unlike_or_great_length_are_left_out():
 
 
 def test_shrinking_copies_evenly_spaced_layers():
-    shrink = load(COMMON / "shrink.py")
+    shrink = importlib.import_module("shrink")
     weights = {f"decoder.layers.{i}.fc1.weight": torch.tensor(i) for i in range(12)}
     weights |= {f"encoder.layers.{i}.fc1.weight": torch.tensor(i) for i in range(12)}
     weights |= {"encoder.embed_tokens.weight": torch.tensor(99)}
@@ -467,7 +475,7 @@ def write_results(results: Path) -> None:
 
 
 def test_the_table_puts_the_papers_numbers_beside_the_users(tmp_path):
-    table = load(COMMON / "table.py")
+    table = importlib.import_module("table")
     paper = table.read_json(EXAMPLES / "iwslt17.de-en/paper.json")
     results = tmp_path / "results"
     write_results(results)
@@ -488,14 +496,25 @@ def test_the_table_puts_the_papers_numbers_beside_the_users(tmp_path):
 
 
 def test_thresholds_are_the_papers_on_validation_and_the_calibrated_ones_on_test(tmp_path):
-    table = load(COMMON / "table.py")
+    table = importlib.import_module("table")
     paper = table.read_json(EXAMPLES / "iwslt17.de-en/paper.json")
     write_results(tmp_path / "results")
-    flags = partial(table.flags, paper, tmp_path / "results")
+    flags = functools.partial(table.flags, paper, tmp_path / "results")
     assert flags("valid", "aligned") == ["--bild", "0.9,3", "--bild", "0.6,4"]
     assert flags("test", "aligned") == ["--bild", "0.35,4.0,end", "--max-draft", "20"]
     assert flags("test", "unaligned") == ["--bild", "0.6,2", "--bild", "0.5,3"], "calibrate.py found none"
     assert flags("valid", "early-exit") == ["--exit", "0.6,2", "--exit", "0.5,3"]
+
+
+def test_without_a_network_the_bpe_may_be_named(monkeypatch, tmp_path):
+    """One line says where the BPE comes from, and the variable for one's own; so does one about a folder without it."""
+    preprocess = importlib.import_module("preprocess")
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="download: cannot reach .*encoder.json.*vocab.bpe in GPT2_BPE$"):
+        preprocess.find_vocabulary(None, tmp_path)
+    with pytest.raises(SystemExit, match="which GPT2_BPE or --vocabulary names, has no encoder.json"):
+        preprocess.find_vocabulary(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("benchmark", WITH_DOWNLOADS)

@@ -1,293 +1,298 @@
-"""scripts/align.py end to end on a tiny task, interrupted and resumed, and with input that it must refuse.
+"""Alignment on a tiny task: from two models to an aligned one, interrupted and resumed, and what it must refuse.
 
-Training runs as in use, but forked from a warm interpreter (see cli_support), which is quicker.
+The first training runs as in use; the others are forked from a warm interpreter (see cli_support), which is quicker,
+and begin with the calibration set of the first one.
 """
 
 import json
-import os
-import subprocess
-import sys
-from argparse import Namespace
+import re
+import shutil
+import socket
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from cli_support import Corpus
+from cli_support import USER_DIR, Corpus
+from fairseq import checkpoint_utils
 from fairseq.data import indexed_dataset
-from fairseq.models import ARCH_CONFIG_REGISTRY
-from script_support import script
+from fairseq.sequence_generator import SequenceGenerator
+from script_support import refused, run_script
 
 from bild_fairseq.errors import BildError
+from bild_fairseq.experiments.align import Alignment, Say, fairseq_train
+from bild_fairseq.experiments.align_options import AlignOptions
+from bild_fairseq.experiments.work_folder import locked
+from bild_fairseq.plugin.generator import SearchOptions
 
-align = script("align")
-
+SHORT = {"sample": 150, "part": 100, "valid_sample": 15, "epochs": 2, "lr": 0.005, "max_tokens": 300, "sentences": 6}
 # Long enough to learn something whatever the rounding of a machine's sums.
-LEARNS = ["--epochs", 10]
+LEARNS = {"epochs": 10, "distill": 0.5, "distill_top": 5, "half": True}
 
 
 class Aligner:
-    """Runs the script on a corpus and writes down what it did: "part" (of the calibration set), "train"."""
+    """Aligns the corpus's models in a folder, and keeps what was said and how often a training was started."""
 
-    def __init__(self, corpus: Corpus, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def __init__(self, corpus: Corpus, folder: Path):
         self.corpus, self.folder = corpus, folder
         self.out, self.work = folder / "aligned.pt", folder / "work"
-        self.started: list[str] = []
-        self.break_off = lambda step, count: False  # instead of a step, as if it was interrupted
-        self.kill_training = False  # after one epoch
-        monkeypatch.setattr(align.subprocess, "run", self._run)
-        translate_part = align.Alignment._translate_part
+        self.said: list[str] = []
+        self.lines: list[str] = []  # that were said by the first run
+        self.trainings = 0
+        self.interrupt_training = self.kill_training = False  # before it starts, and after one epoch
+        self.as_in_use = False  # train with a new interpreter
+        self.processes = 1  # of the training
 
-        def counted(*args: object) -> None:
-            self._begin("part")
-            translate_part(*args)
+    def __call__(self, **changes: Any) -> dict[str, Any]:
+        """With short settings unless ``changes`` name others; returns the report."""
+        self.said, self.trainings = [], 0
+        models = {"large": self.corpus.large, "small": self.corpus.small, "out": self.out, "work": self.work}
+        settings = {"data": self.corpus.data, "cpu": True, "search": SearchOptions(max_len_b=12), **SHORT, **models}
+        flags = ("--num-workers", "0", *changes.pop("train_flags", ()))
+        options = AlignOptions(**{**settings, **changes}, train_flags=flags)
+        return Alignment(options, train=self._train, say=self.said.append).run()
 
-        monkeypatch.setattr(align.Alignment, "_translate_part", counted)
-
-    def __call__(self, *options: object, **named: object) -> dict:
-        """The script with short settings; options come after them and win."""
-        self.started = []
-        words = [self.corpus.data, "--cpu", "--large", self.corpus.large, "--small", self.corpus.small]
-        words += ["--out", self.out, "--work", self.work, "--sample", 150, "--part", 100, "--valid-sample", 15]
-        words += ["--epochs", 2, "--lr", 0.005, "--max-tokens", 300, "--sentences", 6, "--max-len-b", 12]
-        args = align.parse_args([str(word) for word in (*words, *options)] + ["--", "--num-workers", "0"])
-        args.train_flags += [str(word) for word in named.get("train", ())]
-        return align.Alignment(args).run()
-
-    def _begin(self, step: str) -> None:
-        if self.break_off(step, self.started.count(step)):
+    def _train(self, flags: Sequence[str], say: Say) -> int:
+        if self.interrupt_training:
             raise KeyboardInterrupt
-        self.started.append(step)
+        self.trainings += 1
+        if self.as_in_use:
+            return fairseq_train(flags, say)
+        more = ["--max-epoch", 1] if self.kill_training else []
+        train = partial(self.corpus.programs, "train", *flags, *more, "--user-dir", USER_DIR)
+        with ThreadPoolExecutor() as threads:
+            ranks = [["--distributed-rank", rank] for rank in range(self.processes)]
+            ends = list(threads.map(lambda rank: train(*rank).status, ranks if len(ranks) > 1 else [[]]))
+        return -9 if self.kill_training else max(ends)
 
-    def _run(self, command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
-        assert env.items() >= os.environ.items()
-        python, module, program, *arguments = command
-        assert (python, module, program) == (sys.executable, "-m", "fairseq_cli.train")
-        self._begin("train")
-        if self.kill_training:
-            self.corpus.programs("train", *arguments, "--max-epoch", 1)
-            return subprocess.CompletedProcess(command, -9)
-        return subprocess.CompletedProcess(command, self.corpus.programs("train", *arguments, status=None).status)
+    def train_log(self) -> str:
+        return (self.work / "training" / "train.log").read_text()
 
-    def calibration_set(self, subset: str = "train") -> list[tuple[list[int], list[int]]]:
-        sides = (str(self.work / "calibration" / "data-bin" / f"{subset}.x-y.{side}") for side in "xy")
-        rows = (map(torch.Tensor.tolist, indexed_dataset.MMapIndexedDataset(path)) for path in sides)
-        return list(zip(*rows, strict=True))
+
+@pytest.fixture(scope="module")
+def done(corpus, tmp_path_factory) -> tuple[Aligner, dict[str, Any]]:
+    """An alignment that is done, and its report."""
+    aligner = Aligner(corpus, tmp_path_factory.mktemp("done"))
+    aligner.as_in_use = True
+    report = aligner(**LEARNS)
+    aligner.lines = list(aligner.said)
+    return aligner, report
 
 
 @pytest.fixture
-def aligner(corpus, tmp_path, monkeypatch):
-    return Aligner(corpus, tmp_path, monkeypatch)
+def aligner(corpus, done, tmp_path) -> Aligner:
+    """One whose calibration set is there."""
+    shutil.copytree(done[0].work / "calibration", tmp_path / "work" / "calibration")
+    return Aligner(corpus, tmp_path)
 
 
-def greedy_outputs(corpus: Corpus, split: str) -> dict[tuple[str, ...], str]:
-    """Source words -> what the large model writes greedily, as fairseq's own generator prints it."""
-    run = corpus.stock("--gen-subset", split, "--max-len-b", 12)
-    sources = run.fields("S")
-    return {tuple(sources[number][0].split()): text for number, text in run.texts().items()}
+@pytest.fixture
+def fresh(corpus, tmp_path) -> Aligner:
+    """One that has done nothing yet."""
+    return Aligner(corpus, tmp_path)
 
 
-def test_from_two_models_to_an_aligned_one(aligner, corpus, capsys):
-    report = aligner(*LEARNS)
-    assert aligner.started == ["part", "part", "part", "train"]
+def calibration_set(aligner: Aligner, subset: str) -> list[tuple[list[int], list[int]]]:
+    sides = (str(aligner.work / "calibration" / "data-bin" / f"{subset}.x-y.{side}") for side in "xy")
+    rows = (map(torch.Tensor.tolist, indexed_dataset.MMapIndexedDataset(path)) for path in sides)
+    return list(zip(*rows, strict=True))
+
+
+def test_the_calibration_set_is_what_fairseq_writes_greedily(done, corpus):
     task = corpus.task()
+    models, _ = checkpoint_utils.load_model_ensemble([str(corpus.large)], task=task)
+    fairseq = SequenceGenerator(models, task.target_dictionary, beam_size=1, max_len_b=12)
     for split, count in (("train", 150), ("valid", 15)):
-        wanted = greedy_outputs(corpus, split)
-        rows = aligner.calibration_set(split)
+        rows = calibration_set(done[0], split)
         assert 0.9 * count <= len(rows) <= count  # without those that the length limit has cut
         for source, target in rows:
-            words = task.source_dictionary.string(torch.tensor(source)).split()
-            assert task.target_dictionary.string(torch.tensor(target)) == wanted[tuple(words)]
+            net_input = {"src_tokens": torch.tensor([source]), "src_lengths": torch.tensor([len(source)])}
+            ((hypothesis,),) = fairseq.generate(models, {"net_input": net_input})
+            assert hypothesis["tokens"].tolist() == target
             assert source[-1] == target[-1] == task.target_dictionary.eos()
 
+
+def test_the_small_model_learns_to_agree(done):
+    aligner, report = done
     assert report["agreement"]["after"] > report["agreement"]["before"] + 0.05
     for name in ("before", "after"):
         assert report["lossless"][name]["differ_from_greedy"] == 0
         assert report["bild"][name]["speedup_over_greedy"][0] > 0
     assert json.loads((aligner.folder / "aligned.json").read_text()) == report
-    align.print_report(report)
-    assert f"{report['agreement']['after']:.1%}" in capsys.readouterr().out
+    assert "| teacher_kl " in aligner.train_log()
+    # The learning rate falls to 0 with the last update: all updates were counted before the training.
+    assert re.findall(r"\| num_updates \d+ \| lr (\S+) ", aligner.train_log())[-1] == "0"
 
-    # Done is done: the same command starts nothing, and measures nothing anew.
-    assert aligner(*LEARNS) == report
-    assert aligner.started == []
 
+def test_the_aligned_model_is_a_light_checkpoint_that_fairseq_reads(done, corpus):
+    aligner, _ = done
     state = torch.load(aligner.out, weights_only=True)
     assert state["last_optimizer_state"] is None
-    assert state["model"].keys() == torch.load(corpus.small, weights_only=False)["model"].keys()
-    lossless = ["--bild-rollback-threshold", 0, "--bild-verify-end"]
-    run = corpus.generate("--generator", "bild", "--bild-small-path", aligner.out, *lossless)
-    assert run.texts() == corpus.generate("--generator", "greedy").texts()
+    names = torch.load(corpus.small, weights_only=False)["model"].keys()
+    trained = aligner.work / "training" / "checkpoint_last.pt"
+    assert state["model"].keys() == torch.load(trained, weights_only=False)["model"].keys() == names
+    assert {weight.dtype for weight in state["model"].values() if weight.is_floating_point()} == {torch.float16}
+    assert aligner.out.stat().st_size < trained.stat().st_size / 3
+    lossless = ["--bild-small-path", aligner.out, "--bild-rollback-threshold", 0, "--bild-verify-end"]
+    run = corpus.generate("--generator", "bild", *lossless, "--gen-subset", "valid")
+    words = corpus.task().target_dictionary
+    wanted = {words.string(torch.tensor(target)) for _, target in calibration_set(aligner, "valid")}
+    assert wanted <= set(run.texts().values())
 
 
-def test_an_interruption_costs_one_part_and_one_epoch(aligner):
-    aligner.break_off = lambda step, count: step == "part" and count == 2
-    with pytest.raises(KeyboardInterrupt):
-        aligner()
-    aligner.break_off = lambda step, count: step == "train"
-    with pytest.raises(KeyboardInterrupt):
-        aligner()
-    assert aligner.started == ["part"]  # the third part alone
-    aligner.break_off = lambda step, count: False
+def test_a_training_tells_how_it_gets_on_and_no_more(done):
+    """Its log has all that fairseq says, the model and all options among it."""
+    aligner, _ = done
+    (before,) = (n for n, line in enumerate(aligner.lines) if line.startswith("calibration set, train: "))
+    shown = aligner.lines[before + 1 : aligner.lines.index("measuring the small model before and after")]
+    assert len([line for line in shown if " | train | epoch 0" in line]) == LEARNS["epochs"]
+    assert len([line for line in shown if " | valid | epoch 0" in line]) == LEARNS["epochs"]
+    assert len(shown) < 4 * LEARNS["epochs"]
+    assert "TransformerModel" in aligner.train_log() and "TransformerModel" not in "".join(shown)
+
+
+def test_done_is_done(done, corpus):
+    """The same command starts nothing and measures nothing anew; the script prints the figures."""
+    aligner, report = done
+    assert aligner(**LEARNS) == report
+    assert aligner.trainings == 0 and aligner.said == []
+    settings = {**SHORT, **LEARNS, "half": None, "max-len-b": 12}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value]
+    words += ["--cpu", "--half", "--large", corpus.large, "--small", corpus.small, "--out", aligner.out]
+    words += ["--work", aligner.work, "--", "--num-workers", 0]
+    run = run_script(corpus, "align", corpus.data, *words)
+    agreement = [f"{report['agreement'][when]:.1%}" for when in ("before", "after")]
+    assert run.out.splitlines()[1].split()[-2:] == agreement
+    assert run.out.splitlines()[-2].startswith("Look at the tokens per large call (more is faster) and at BLEU")
+    assert run.err.splitlines()[-1] == f"written: {aligner.out}, {aligner.folder / 'aligned.json'}"
+    assert "measuring" not in run.err
+
+
+def test_a_killed_training_goes_on_from_its_last_epoch(aligner):
     aligner.kill_training = True
-    with pytest.raises(BildError, match="fairseq-train ended with status -9"):
+    with pytest.raises(BildError, match=r"fairseq-train ended with status -9; its log is .*train\.log"):
         aligner()
-    assert aligner.started == ["train"] and not aligner.out.exists()
+    assert not aligner.out.exists()
     aligner.kill_training = False
-    aligner()
-    log = (aligner.work / "training" / "train.log").read_text()
-    assert aligner.started == ["train"]
-    assert log.count("end of epoch 1 ") == log.count("end of epoch 2 ") == 1
+    report = aligner()
+    assert aligner.trainings == 1 and "teacher" not in aligner.train_log()
+    assert aligner.train_log().count("end of epoch 1 ") == aligner.train_log().count("end of epoch 2 ") == 1
+    assert report["agreement"]["after"] > report["agreement"]["before"]
+
+
+def test_two_processes_train_together(aligner):
+    """As on two GPUs: both begin with the small model, and half as many updates are an epoch."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    gloo = "--distributed-world-size 2 --distributed-no-spawn --distributed-backend gloo --ddp-backend legacy_ddp"
+    aligner.processes = 2
+    aligner(train_flags=[*gloo.split(), "--distributed-init-method", f"tcp://localhost:{port}"])
+    assert re.findall(r"\| num_updates \d+ \| lr (\S+) ", aligner.train_log())[-1] == "0"
 
 
 def test_changed_settings_are_noticed(aligner, corpus):
-    aligner.break_off = lambda step, count: step == "train"
+    aligner.interrupt_training = True
     with pytest.raises(KeyboardInterrupt):
         aligner()
-    for options_, message in (
-        (["--sample", 140], "calibration was made with --sample 150, not 140: remove it"),
-        (["--large", corpus.large_halfway], "calibration was made with --large"),
-        (["--lr", 0.1], "training was made with --lr 0.005, not 0.1: remove it"),
-        (["--small", corpus.small_halfway], "training was made with --small"),
+    for changes, message in (
+        ({"sample": 140}, "calibration was made with --sample 150, not 140: remove it"),
+        ({"search": SearchOptions(max_len_b=13)}, "calibration was made with --max-len-b 12, not 13"),
+        ({"large": corpus.large_halfway}, "calibration was made with --large"),
+        ({"lr": 0.1}, "training was made with --lr 0.005, not 0.1: remove it"),
+        ({"small": corpus.small_halfway}, "training was made with --small"),
     ):
         with pytest.raises(BildError, match=message):
-            aligner(*options_)
-        assert aligner.started == []
-
-
-@pytest.mark.parametrize("top", [0, 5])
-def test_distillation_from_the_large_model(aligner, corpus, top):
-    report = aligner(*LEARNS, "--distill", 0.5, "--distill-top", top, "--half")
-    assert report["agreement"]["after"] > report["agreement"]["before"] + 0.05
-    log = (aligner.work / "training" / "train.log").read_text()
-    assert "| teacher_kl " in log
-    trained = torch.load(aligner.work / "training" / "checkpoint_last.pt", weights_only=False)
-    assert trained["model"].keys() == torch.load(corpus.small, weights_only=False)["model"].keys()
-    assert trained["criterion"] is None
-    weights = torch.load(aligner.out, weights_only=True)["model"].values()
-    assert {weight.dtype for weight in weights if weight.is_floating_point()} == {torch.float16}
-    assert aligner.out.stat().st_size < (aligner.work / "training" / "checkpoint_last.pt").stat().st_size / 3
-
-
-def test_spliced_sources_join_the_calibration_set(aligner):
-    """They come after the corpus's own, and the large model translates them like any others."""
-    aligner.break_off = lambda step, count: step == "train"
-    with pytest.raises(KeyboardInterrupt):
-        aligner()
-    plain = aligner.calibration_set()
-    aligner.work = aligner.folder / "spliced"
-    with pytest.raises(KeyboardInterrupt):
-        aligner("--splice", 40)
-    assert aligner.started == ["part"] * 4
-    rows = aligner.calibration_set()
-    assert rows[: len(plain)] == plain
-    sources = {tuple(source) for source, _ in plain}
-    more = [tuple(source) for source, _ in rows[len(plain) :]]
-    assert 30 < len(more) <= 40 and sources.isdisjoint(more)
-
-
-def test_splices_join_where_two_tokens_are_the_same():
-    rows = [torch.tensor(row) for row in ([5, 6, 7, 8, 2], [9, 6, 7, 10, 11, 2], [4, 2], [2])]
-    made = [tuple(row.tolist()) for row in align.splices(rows, 10, longest=99, seed=1)]
-    assert sorted(made) == [(5, 6, 7, 10, 11, 2), (9, 6, 7, 8, 2)]
-    assert [tuple(row.tolist()) for row in align.splices(rows, 1, longest=99, seed=1)] == made[:1]
-    assert [tuple(row.tolist()) for row in align.splices(rows, 10, longest=5, seed=1)] == [(9, 6, 7, 8, 2)]
-    assert align.splices(rows[2:], 10, longest=99, seed=1) == []
-
-
-def test_outputs_without_an_end_are_left_out(aligner):
-    """With room for three words, longer outputs are cut; the end that fairseq puts there is nothing to learn."""
-    aligner.break_off = lambda step, count: step == "train"
-    with pytest.raises(KeyboardInterrupt):
-        aligner("--max-len-b", 3)
-    rows = aligner.calibration_set()
-    assert 0 < len(rows) < 150
-    assert max(len(target) for _, target in rows) == 3
+            aligner(**changes)
 
 
 def test_flags_after_the_dashes_win(aligner):
-    with pytest.raises(BildError, match="fairseq-train: .*--no-such-flag"):
-        aligner(train=["--no-such-flag"])
-    aligner(train=["--lr-scheduler", "fixed", "--max-update", 3])
-    log = (aligner.work / "training" / "train.log").read_text()
-    assert "| num_updates 3 " in log
+    """With few tokens a batch, too: longer sentences are no part of the training, but of the validation."""
+    aligner(max_tokens=6, train_flags=["--lr-scheduler", "fixed", "--max-update", "3"])
+    sizes = [max(len(source), len(target)) for source, target in calibration_set(aligner, "train")]
+    too_long = sum(size > 6 for size in sizes)
+    assert 0 < too_long < len(sizes) and max(map(len, sum(map(list, calibration_set(aligner, "valid")), []))) > 6
+    said = f"{too_long} sentences have more than --max-tokens 6 tokens; fairseq-train leaves them out"
+    assert f"calibration set: {said}" in aligner.said
+    assert "| num_updates 3 " in aligner.train_log()
+    with pytest.raises(BildError, match="training was made with flags after -- "):
+        aligner(max_tokens=6, train_flags=["--max-update", "3"])
 
 
 @pytest.mark.parametrize(
-    ("arch", "changes"),
+    ("changes", "message"),
     [
-        ("transformer", {}),
-        ("transformer", {"encoder_layers": 2, "decoder_embed_dim": 64, "decoder_output_dim": 64}),
-        ("transformer_iwslt_de_en", {"share_all_embeddings": True, "encoder_normalize_before": True}),
-        (
-            "transformer_wmt_en_de_big",
-            {"activation_fn": "gelu", "decoder_learned_pos": True, "no_scale_embedding": True},
-        ),
-        ("bart_base", {"decoder_layers": 1, "max_target_positions": 512}),
+        ({"large": Path("missing.pt")}, "--large missing.pt: no such file"),
+        ({"small": Path("missing.pt")}, "--small missing.pt: no such file"),
+        ({"data": Path("missing")}, "missing: no such folder"),
+        ({"distill": 1.5}, "--distill 1.5: give a number from 0 to 1"),
+        ({"sample": 0}, "--sample 0: give a number above 0"),
+        ({"splice": -1}, "--splice -1: give a number of sources"),
+        ({"subset": "nothing"}, "cannot load nothing"),
+        ({"train_flags": ["--no-such-flag"]}, "fairseq-train: .*--no-such-flag"),
     ],
 )
-def test_the_small_model_is_built_again_from_flags(arch, changes):
-    """What fairseq-train makes of the flags has every option of the model."""
-    config = Namespace(arch=arch, dropout=0.3, max_source_positions=1024, max_target_positions=1024, **{})
-    vars(config).update(changes)
-    ARCH_CONFIG_REGISTRY[arch](config)
-    parsed = align.parse_train_flags(["data", "--task", "translation", *align.model_flags(config), "--dropout", "0"])
-    align.check_model(parsed, config)
-    for name, value in {**vars(config), "dropout": 0.0}.items():
-        assert getattr(parsed, name) == value, name
-
-
-def test_a_model_that_flags_cannot_build_is_refused():
-    config = Namespace(arch="bart_base", share_all_embeddings=False)
-    ARCH_CONFIG_REGISTRY["bart_base"](config)
-    parsed = align.parse_train_flags(["data", "--task", "translation", *align.model_flags(config)])
-    with pytest.raises(BildError, match="--share-all-embeddings False, which fairseq-train cannot be told"):
-        align.check_model(parsed, config)
-    with pytest.raises(BildError, match="its architecture is lstm"):
-        align.model_flags(Namespace(arch="lstm"))
-
-
-@pytest.mark.parametrize(
-    ("options_", "message"),
-    [
-        (["--large", "missing.pt"], "--large missing.pt: no such file"),
-        (["--small", "missing.pt"], "--small missing.pt: no such file"),
-        (["--distill", 1.5], "--distill 1.5: give a number from 0 to 1"),
-        (["--sample", 0], "--sample 0: give a number above 0"),
-        (["--splice", -1], "--splice -1: give a number of sources"),
-        (["--subset", "nothing"], "has no nothing; see --subset"),
-        (["--reference", "missing.txt"], "--reference missing.txt: cannot read it"),
-    ],
-)
-def test_bad_input_is_refused_before_the_work_starts(aligner, options_, message):
+def test_bad_input_is_refused_before_the_work_starts(fresh, changes, message):
     with pytest.raises(BildError, match=message):
-        aligner(*options_)
-    assert aligner.started == [] and not aligner.work.exists()
+        fresh(**changes)
+    assert fresh.said == [] and not fresh.work.exists()
 
 
-def test_unfit_models_are_refused_before_the_work_starts(aligner, corpus, tmp_path):
+def test_unfit_models_are_refused_before_the_work_starts(fresh, corpus, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     for language in "xy":
         (other / f"dict.{language}.txt").write_text("one 1\ntwo 1\n")
     strange = corpus.checkpoint(tmp_path / "strange" / "model.pt", corpus.task(other))
-    for role, message in (("--small", "another source dictionary"), ("--large", "does not fit")):
-        with pytest.raises(BildError, match=message):
-            aligner(role, strange)
     text = tmp_path / "text.pt"
     text.write_text("nothing")
-    with pytest.raises(BildError, match="cannot load this checkpoint"):
-        aligner("--small", text)
-    with pytest.raises(BildError, match="is one of the models that are read"):
-        aligner("--out", corpus.small)
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    args = ["--large", str(corpus.large), "--small", str(corpus.small), "--out", str(aligner.out)]
-    with pytest.raises(BildError, match="no binarized data of two languages"):
-        align.Alignment(align.parse_args([str(empty), *args]))
-    assert aligner.started == [] and not aligner.work.exists()
+    (tmp_path / "empty").mkdir()
+    for changes, message in (
+        ({"small": strange}, "another source dictionary"),
+        ({"large": strange}, "another source dictionary"),
+        ({"small": text}, "it is damaged, or no checkpoint at all"),
+        ({"out": corpus.small}, "is one of the models that are read"),
+        ({"data": tmp_path / "empty"}, "no binarized data of two languages"),
+    ):
+        with pytest.raises(BildError, match=message):
+            fresh(**changes)
+    assert fresh.said == [] and not fresh.work.exists()
 
 
-def test_a_failing_program_is_named_with_its_log(aligner, monkeypatch):
-    monkeypatch.setattr(align, "USER_DIR", "/nowhere")
-    with pytest.raises(BildError, match=r"fairseq-train ended with status .*train\.log"):
-        aligner()
+def test_files_to_write_are_tried_before_the_work_starts(fresh, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for changes, message in (
+        ({"out": file / "aligned.pt"}, f"--out {file}: cannot write there"),
+        ({"out": tmp_path}, f"--out {tmp_path}: cannot write there, that is a folder; name a file"),
+        ({"report": tmp_path}, f"--report {tmp_path}: cannot write there, that is a folder"),
+        ({"report": file / "report.json"}, f"--report {file}: cannot write there"),
+        ({"work": file}, f"--work {file}: cannot write there"),
+        ({"report": fresh.out}, f"--out {fresh.out}: --work and --report must have other names"),
+    ):
+        with pytest.raises(BildError, match=f"^{message}"):
+            fresh(**changes)
+    assert fresh.said == [] and list(tmp_path.iterdir()) == [file]
+
+
+def test_one_run_at_a_time_in_a_work_folder(fresh):
+    with locked(fresh.work, "--work"), pytest.raises(BildError, match="--work .*: another run is at work there"):
+        fresh()
+    assert fresh.said == []
+
+
+def test_a_model_of_the_other_direction_is_refused(fresh):
+    with pytest.raises(BildError, match="source language is x, this data's is y"):
+        fresh(source_lang="y", target_lang="x")
+    with pytest.raises(BildError, match="give both -s and -t"):
+        fresh(source_lang="y")
+
+
+def test_the_script_refuses_in_one_line(corpus, tmp_path):
+    models = ["--large", corpus.large, "--small", corpus.small, "--out", tmp_path / "out.pt"]
+    assert "--reference missing.txt: cannot read it" in refused(
+        corpus, "align", corpus.data, *models, "--cpu", "--reference", "missing.txt"
+    )

@@ -1,0 +1,132 @@
+"""What an alignment is told: models, data, and the settings of its steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..decoding.policies import Policy
+from ..errors import BildError
+from ..plugin.generator import SearchOptions
+from .files import try_folder
+from .scoring import ScoreOptions
+
+
+@dataclass(frozen=True)
+class AlignOptions:
+    """The flags of ``scripts/align.py``, with the same names and defaults; its ``--help`` says more of each.
+
+    Args:
+        data: folder of binarized data.
+        source_lang, target_lang: the direction; None for that of the data's files.
+        large, small: checkpoints.
+        out: where the aligned small model is written, in half precision with ``half``.
+        work: folder for all else; None for ``out`` with the suffix ``.work``.
+        report: JSON file for the figures; None for ``out`` with the suffix ``.json``.
+        cuda: generate and measure on the GPU.
+        cpu: train without a GPU.
+        seed: of the samples and of the training.
+        subset, sample, splice: the sources to learn from.
+        valid_subset, valid_sample: the sources to validate with.
+        truncate_source: tokens to cut longer sources to.
+        part: sentences that the large model writes in one go.
+        generate_tokens: tokens of a batch that is generated.
+        search: limits of what the large model writes.
+        distill, distill_top, epochs, lr, max_tokens, dropout: of the training.
+        train_flags: flags of fairseq-train that win over these.
+        sentences, batch_size, fallback, rollback, max_draft, verify_end, lossless_fallback: what is measured.
+        score: quality of what is measured.
+
+    Raises:
+        BildError: a file that is missing, or a number out of range.
+    """
+
+    data: Path
+    large: Path
+    small: Path
+    out: Path
+    half: bool = False
+    work: Path | None = None
+    report: Path | None = None
+    cuda: bool = False
+    cpu: bool = False
+    seed: int = 1
+    source_lang: str | None = None
+    target_lang: str | None = None
+
+    subset: str = "train"
+    sample: int | None = None
+    splice: int = 0
+    valid_subset: str = "valid"
+    valid_sample: int = 2000
+    truncate_source: int | None = None
+    part: int = 5000
+    generate_tokens: int = 8000
+    search: SearchOptions = field(default_factory=SearchOptions)
+
+    distill: float = 0.0
+    distill_top: int = 0
+    epochs: int = 10
+    lr: float = 1e-3
+    max_tokens: int = 4000
+    dropout: float = 0.0
+    train_flags: Sequence[str] = ()
+
+    sentences: int = 100
+    batch_size: int = 1
+    fallback: float = Policy.fallback_threshold
+    rollback: float = Policy.rollback_threshold
+    max_draft: int = Policy.max_draft
+    verify_end: bool = False
+    lossless_fallback: float = 0.25
+    score: ScoreOptions = field(default_factory=ScoreOptions)
+
+    def __post_init__(self) -> None:
+        for name in ("large", "small"):
+            if not getattr(self, name).is_file():
+                raise BildError(f"--{name} {getattr(self, name)}: no such file")
+        if not self.data.is_dir():
+            raise BildError(f"{self.data}: no such folder; give what fairseq-preprocess wrote with --destdir")
+        if self.out.resolve() in (self.small.resolve(), self.large.resolve()):
+            raise BildError(f"--out {self.out}: is one of the models that are read; name another file")
+        for name in ("distill", "fallback", "lossless_fallback"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BildError(f"{flag(name)} {getattr(self, name)}: give a number from 0 to 1")
+        positive = ("sample", "valid_sample", "part", "generate_tokens", "epochs", "max_tokens", "lr", "sentences")
+        for name in (*positive, "batch_size", "max_draft", "truncate_source"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise BildError(f"{flag(name)} {getattr(self, name)}: give a number above 0")
+        if self.distill_top < 0:
+            raise BildError(f"--distill-top {self.distill_top}: give a number of words, 0 for all")
+        if self.splice < 0:
+            raise BildError(f"--splice {self.splice}: give a number of sources, 0 for none")
+        # The class is frozen: a default that depends on another field is set like this.
+        object.__setattr__(self, "work", self.work or self.out.with_suffix(".work"))
+        object.__setattr__(self, "report", self.report or self.out.with_suffix(".json"))
+        if len({self.out.resolve(), self.work.resolve(), self.report.resolve()}) < 3:
+            raise BildError(f"--out {self.out}: --work and --report must have other names: {self.work}, {self.report}")
+
+    def try_outputs(self) -> None:
+        """Makes sure that all files can be written.
+
+        Raises:
+            BildError: one cannot.
+        """
+        for name in ("out", "report"):
+            path = getattr(self, name)
+            if path.is_dir():
+                raise BildError(f"{flag(name)} {path}: cannot write there, that is a folder; name a file")
+            try_folder(flag(name), path.parent)
+        try_folder("--work", self.work)
+
+    def flags(self, *names: str) -> dict[str, object]:
+        """Some settings, or limits of the search, under the names of their flags: what a step depends on."""
+        values = {**dataclasses.asdict(self.search), **vars(self)}
+        return {flag(name): values[name] for name in names}
+
+
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
