@@ -93,8 +93,8 @@ class WordDistillationCrossEntropyCriterion(FairseqCriterion):
         kept = target.ne(self.padding_idx)  # (batch, time)
         logits = _logits(model, sample, kept)
         normalizer = logits.logsumexp(-1)
-        standing = logits.gather(1, target[kept][:, None]).squeeze(1)
-        nll_loss = normalizer - standing
+        target_logits = logits.gather(1, target[kept][:, None]).squeeze(1)
+        nll_loss = normalizer - target_logits
         words, probs, negative_entropy = self._teacher_words(model, sample, kept)
         learned = logits if words is None else logits.gather(1, words)
         kl = negative_entropy + normalizer * probs.sum(-1) - (probs * learned).sum(-1)
@@ -104,7 +104,7 @@ class WordDistillationCrossEntropyCriterion(FairseqCriterion):
             "loss": loss.detach().sum(),
             "nll_loss": nll_loss.detach().sum(),
             "teacher_kl": kl.detach().sum(),
-            "n_correct": standing.detach().eq(logits.detach().amax(-1)).sum(),
+            "n_correct": target_logits.detach().eq(logits.detach().amax(-1)).sum(),
             "ntokens": sample["ntokens"],
             "nsentences": target.size(0),
             "sample_size": sample_size,

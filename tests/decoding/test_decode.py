@@ -259,12 +259,12 @@ def test_a_token_exactly_at_the_rollback_threshold_stays():
     """The comparison is strict: the large model goes back above the threshold, not at it."""
     large, small = pair("quarrelling", 1)
     batch = sample([source([3, 1, 4])])
-    judged = dataclasses.replace(VERBATIM, verify_end=True)
-    (accepted,) = hypotheses(generator([large], [small], judged), batch)
+    verified = dataclasses.replace(VERBATIM, verify_end=True)
+    (accepted,) = hypotheses(generator([large], [small], verified), batch)
     assert accepted["counters"].accepted == accepted["counters"].tokens
     worst = -accepted["positional_scores"].min().item()
     for threshold, rolls_back in ((worst, False), (worst * 0.999, True)):
-        rules = dataclasses.replace(judged, rollback_threshold=threshold)
+        rules = dataclasses.replace(verified, rollback_threshold=threshold)
         (found,) = hypotheses(generator([large], [small], rules), batch)
         assert (found["counters"].rollbacks > 0) == rolls_back
 
@@ -587,7 +587,7 @@ def test_no_token_is_read_twice(models, rules, sources):
     needed = written - 1 - c.unverified if c.large_calls else 0
     assert set(by_large) <= {needed, needed + rules.verify_end}
     assert len(set(by_large)) == 1
-    # The small model has not read the last token of a draft that the large one judged, unless it drafted on.
+    # The small model has not read the last token of a draft that the large one verified, unless it drafted on.
     assert len(set(by_small)) == 1
     assert by_small[0] <= written
     assert by_small[0] >= c.small_calls

@@ -173,22 +173,22 @@ def test_statistics_add_up_to_the_corpus_score(seed):
     outputs = sentences(dice, 8, near=references)
     words = support.symbols()
     tokens = {i: [words.index(word) for word in line.split()] for i, line in enumerate(outputs)}
-    judge = scorer(references)
-    statistics = judge.statistics(tokens)
+    scores = scorer(references)
+    statistics = scores.statistics(tokens)
     for chosen in ([0], [1, 2], list(range(8)), [3, 3, 3, 5]):
         metric = sacrebleu.BLEU(tokenize="none", force=True)
         wanted = metric.corpus_score([outputs[i] for i in chosen], [[references[i] for i in chosen]]).score
-        assert judge.from_statistics(statistics[chosen].sum(axis=0)) == pytest.approx(wanted, abs=1e-9)
-    assert judge.score(tokens) == pytest.approx(float(judge.from_statistics(statistics.sum(axis=0))))
-    assert judge.from_statistics(np.array([4.0, 4, 0, 0, 0, 0, 4, 3, 2, 1])) == 0
+        assert scores.from_statistics(statistics[chosen].sum(axis=0)) == pytest.approx(wanted, abs=1e-9)
+    assert scores.score(tokens) == pytest.approx(float(scores.from_statistics(statistics.sum(axis=0))))
+    assert scores.from_statistics(np.array([4.0, 4, 0, 0, 0, 0, 4, 3, 2, 1])) == 0
 
 
 def test_rouge_is_the_mean_over_sentences():
     pytest.importorskip("rouge_score")
-    judge = scorer(["w1 w2 w3 w4", "w5 w6"], metric="rougeL")
+    scores = scorer(["w1 w2 w3 w4", "w5 w6"], metric="rougeL")
     words = support.symbols()
     tokens = {0: [words.index(w) for w in ("w1", "w2", "w3", "w4")], 1: [words.index("w7")]}
-    assert judge.score(tokens) == pytest.approx(50)
+    assert scores.score(tokens) == pytest.approx(50)
 
 
 def test_rouge_without_its_package_is_explained(monkeypatch):
@@ -203,11 +203,11 @@ def test_change_of_quality_is_paired():
     references = sentences(dice, 20)
     words = support.symbols()
     outputs = {i: [words.index(w) for w in line.split()] for i, line in enumerate(sentences(dice, 20, references))}
-    judge = scorer(references)
-    statistics = judge.statistics(outputs)
-    assert quality_change(judge, statistics, statistics) == (0, 0, 0)
-    better = judge.statistics({i: [words.index(w) for w in line.split()] for i, line in enumerate(references)})
-    change, low, high = quality_change(judge, better, statistics)
+    scores = scorer(references)
+    statistics = scores.statistics(outputs)
+    assert quality_change(scores, statistics, statistics) == (0, 0, 0)
+    better = scores.statistics({i: [words.index(w) for w in line.split()] for i, line in enumerate(references)})
+    change, low, high = quality_change(scores, better, statistics)
     assert 0 < low < change < high
 
 

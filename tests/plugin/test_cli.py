@@ -224,7 +224,7 @@ def test_rounded_weights(corpus, stock, precision):
 
 
 def test_a_rounded_small_model_drafts_for_a_large_one_in_float32(corpus, stock):
-    """The large model's judgement is exact; only what it is offered differs."""
+    """The large model's verdicts are exact; only what it is offered differs."""
     options = ["--batch-size", 8, "--bild-small-precision", "int8"]
     lossless = corpus.generate(*corpus.lossless(), *options)
     assert_same_hypotheses(lossless, stock)
