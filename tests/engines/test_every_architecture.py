@@ -94,7 +94,6 @@ SPEECH = {"input_feat_per_channel": 8, "input_channels": 1, "conv_channels": 8, 
 SPEECH |= {"output_frame_dim": 8, "prenet_dim": 8, "postnet_conv_dim": 8, "target_speaker_embed": False}
 CONVOLUTIONS = {"encoder_layers": "[(16, 3)]", "decoder_layers": "[(16, 3)]", "decoder_attention": "True"}
 KERNELS = {"encoder_kernel_size_list": [3, 3], "decoder_kernel_size_list": [3, 3]}
-T5_SIZE = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 2, "num_layers": 2, "num_decoder_layers": 2}
 # Options that a kind of model needs beyond the sizes, by the name of its class.
 OPTIONS = {
     "LightConvModel": KERNELS,
@@ -104,8 +103,6 @@ OPTIONS = {
     "RobertaEncDecModel": {"max_positions": 50},
     "BerardModel": {"lstm_size": 8, "num_blstm_layers": 1, "decoder_hidden_dim": 8, "decoder_num_layers": 1},
     "Tacotron2Model": {"decoder_lstm_dim": 8},
-    "T5Model": T5_SIZE,
-    "EarlyExitT5Model": T5_SIZE,
 }
 
 PRETRAINED = "reads the checkpoint of a pretrained model"
