@@ -56,7 +56,7 @@ def remember(model: nn.Module, precision: str, engine: Engine) -> None:
 
 
 def fingerprint(model: nn.Module) -> Hashable:
-    """What changes with any weight of a model, with its device, its precision, and its modules' classes and settings."""
+    """What changes with any weight of a model, its device or precision, and with its modules' classes and settings."""
     return (
         *((type(module), *_settings(module)) for module in model.modules()),
         *sums(model),
