@@ -56,7 +56,7 @@ def remember(model: nn.Module, precision: str, engine: Engine) -> None:
 
 
 def fingerprint(model: nn.Module) -> Hashable:
-    """What changes with a model's weights, device, precision, and its modules' classes and settings."""
+    """What changes with any weight of a model, its device or precision, and with its modules' classes and settings."""
     return (
         *((type(module), *_settings(module)) for module in model.modules()),
         *sums(model),
@@ -76,15 +76,12 @@ def _make(model: nn.Module, precision: str, role: str) -> Engine:
     weight = next(model.parameters())
     try:
         with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
-            if precision == "int8":  # rounding of inputs hides much of what a model may compute beside its weights
-                prove(_fastest(model, "float32", role), model, "float32", role)
             engine = _fastest(model, precision, role)
             prove(engine, model, precision, role)
             if weight.dtype in (torch.float16, torch.bfloat16):
                 # Rounding in half precision hides much of what a model may compute beside its weights.
                 exact = copy.deepcopy(model).float()
-                kept = "float32" if precision == "int8" else precision
-                prove(TorchEngine(exact, kept), exact, kept, role)
+                prove(TorchEngine(exact, precision), exact, precision, role)
     except BildError:
         raise
     except Exception as error:  # modules of a user's own may fail in any way

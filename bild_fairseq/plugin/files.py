@@ -1,4 +1,4 @@
-"""Files: why one cannot be read, and how to replace one at once."""
+"""Files: why one cannot be read or written, and how to write one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def unreadable(path: str | os.PathLike) -> str | None:
     except FileNotFoundError:
         return "no such file"
     except (OSError, ValueError) as error:
-        return f"it cannot be read: {getattr(error, 'strerror', error)}"
+        return f"it cannot be read: {cause(error)}"
     if stat.S_ISDIR(mode):
         return "that is a folder; name a file in it"
     if stat.S_ISFIFO(mode):
@@ -24,6 +24,31 @@ def unreadable(path: str | os.PathLike) -> str | None:
     if not stat.S_ISREG(mode):
         return "that is a device, not a file"
     return None if os.access(path, os.R_OK) else "it cannot be read: Permission denied"
+
+
+def unwritable(path: str | os.PathLike) -> str | None:
+    """Why a path cannot be written to, in words; None if it can. Nothing is written."""
+    try:
+        target = Path(os.path.realpath(path))
+        if target.is_dir():
+            return "that is a folder; name a file in it"
+        if os.path.exists(path):
+            return None if os.access(path, os.W_OK) else "it cannot be written: Permission denied"
+        if os.path.lexists(target):
+            os.stat(target)  # a link that leads to itself
+        mode = os.stat(target.parent).st_mode
+    except FileNotFoundError:
+        return f"there is no folder {target.parent}; make it first"
+    except (OSError, ValueError) as error:
+        return f"it cannot be written: {cause(error)}"
+    if not stat.S_ISDIR(mode):
+        return f"{target.parent} is no folder; name a file in one"
+    return None if os.access(target.parent, os.W_OK | os.X_OK) else "its folder cannot be written: Permission denied"
+
+
+def cause(error: Exception) -> str:
+    """What the system says of an error, without number and file."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 @contextmanager
@@ -40,7 +65,14 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Replaces a text file."""
-    with replacing(path) as temporary:
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes to what is named: the file that a link leads to, a device, a pipe. A plain file is replaced at once."""
+    target = Path(os.path.realpath(path))
+    # /dev/stdout may be a plain file that the program is writing to, so it is not replaced.
+    named_stream = os.path.abspath(path).startswith(("/dev/", "/proc/"))
+    if named_stream or (target.exists() and not (target.is_file() and os.access(target.parent, os.W_OK))):
+        with open(path, "a" if named_stream else "w", encoding="utf-8") as file:
+            file.write(text)
+        return
+    with replacing(target) as temporary:
         temporary.write_text(text, encoding="utf-8")

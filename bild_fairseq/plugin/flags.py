@@ -3,9 +3,7 @@
 import ast
 import dataclasses
 import math
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Optional
 
 from fairseq import utils
@@ -16,7 +14,7 @@ from ..decoding.policies import Policy
 from ..engines.precision import PRECISIONS
 from ..errors import BildError
 from .checkpoints import file_of
-from .files import unreadable
+from .files import unreadable, unwritable
 
 
 @dataclass
@@ -200,8 +198,9 @@ def check(args: Any) -> None:
             raise BildError(f"--bild-small-path {path}: {reason}")
     small_overrides(args)
     stats = option(args, "bild_stats")
-    if stats is not None and (Path(stats).is_dir() or not os.access(Path(stats).resolve().parent, os.W_OK)):
-        raise BildError(f"--bild-stats {stats}: cannot write there; name a file in a folder that exists")
+    reason = None if stats is None else unwritable(stats)
+    if reason:
+        raise BildError(f"--bild-stats {stats}: {reason}")
 
 
 def _check_use(args: Any, generator: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from ..decoding.decode import decode
 from ..decoding.policies import Policy
 from ..decoding.sentence import Sentence
 from ..errors import BildError
-from .files import write_atomically
+from .files import cause, write_text
 from .pair import Pair
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class BildGenerator:
         source_lengths: length of every source in a batch, for ``match_source_len``.
         eos: end symbol; the dictionary's unless given.
         symbols_to_strip_from_output: symbols that fairseq leaves out of printed hypotheses.
-        stats_path: where :meth:`finish` writes the counters.
+        stats_path: where :meth:`finish` writes the counters; every sentence's are kept for it.
     """
 
     def __init__(
@@ -76,7 +77,8 @@ class BildGenerator:
         self._source_lengths = source_lengths
         self._stats_path = stats_path
         self._records: list[dict[str, Any]] = []
-        self._counters: list[Counters] = []
+        self._sentences, self._total = 0, Counters()
+        self._counting = threading.Lock()
 
     @torch.no_grad()
     def generate(
@@ -123,23 +125,34 @@ class BildGenerator:
 
     def counters(self) -> Counters:
         """The sum over all sentences generated so far."""
-        return total(self._counters)
+        return self._total
 
     def summary(self) -> str:
         """A readable account of all sentences generated so far."""
-        return summary(len(self._records), self.counters())
+        return summary(self._sentences, self.counters())
 
     def stats(self) -> dict[str, Any]:
-        """What ``--bild-stats`` writes: ``{"summary": {..}, "sentences": [{"id": .., ..}, ..]}``."""
+        """What ``--bild-stats`` writes: ``{"summary": {..}, "sentences": [{"id": .., ..}, ..]}``.
+
+        Without a file to write them to, no sentences are recorded, so that memory does not grow with their number.
+        """
         return {
-            "summary": {"sentences": len(self._records), **self.counters().as_dict()},
+            "summary": {"sentences": self._sentences, **self.counters().as_dict()},
             "sentences": self._records,
         }
 
     def finish(self) -> None:
-        """Writes the statistics file, if one was asked for."""
-        if self._stats_path is not None:
-            write_atomically(self._stats_path, json.dumps(self.stats(), indent=1) + "\n")
+        """Writes the statistics file, if one was asked for.
+
+        Raises:
+            BildError: it cannot be written.
+        """
+        if self._stats_path is None:
+            return
+        try:
+            write_text(self._stats_path, json.dumps(self.stats(), indent=1) + "\n")
+        except OSError as error:
+            raise BildError(f"--bild-stats {self._stats_path}: it cannot be written: {cause(error)}") from error
 
     def _limits(self, net_input: dict[str, Any], width: int) -> tuple[Constraints, list[int] | None]:
         options = self.options
@@ -174,16 +187,17 @@ class BildGenerator:
         return prefixes
 
     def _record(self, sample: dict[str, Any], sentences: Sequence[Sentence]) -> None:
-        ids = sample.get("id")
-        if ids is None:
-            ids = range(len(self._records), len(self._records) + len(sentences))
-        else:
-            ids = ids.tolist()
-        for name, sentence in zip(ids, sentences, strict=True):
-            if sentence.failed:
-                logger.warning("sentence %s: %s; it ends there, with score -inf", name, sentence.failed)
-            self._counters.append(sentence.counters)
-            self._records.append({"id": name, **sentence.counters.as_dict()})
+        with self._counting:
+            ids = range(self._sentences, self._sentences + len(sentences))
+            self._sentences += len(sentences)
+            self._total = total([self._total, *(sentence.counters for sentence in sentences)])
+            if sample.get("id") is not None:
+                ids = sample["id"].tolist()
+            for name, sentence in zip(ids, sentences, strict=True):
+                if sentence.failed:
+                    logger.warning("sentence %s: %s; it ends there, with score -inf", name, sentence.failed)
+                if self._stats_path is not None:
+                    self._records.append({"id": name, **sentence.counters.as_dict()})
 
     def _hypothesis(self, sentence: Sentence, source_length: int | None) -> dict[str, Any]:
         score = sum(sentence.scores)

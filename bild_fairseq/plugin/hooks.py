@@ -15,12 +15,10 @@ time. It relies on the following, and ``tests/plugin/test_plugin.py`` fails if f
 from __future__ import annotations
 
 import argparse
-import atexit
 import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 import fairseq.dataclass.configs
@@ -37,6 +35,7 @@ from torch import Tensor, nn
 from ..errors import BildError
 from . import batches
 from .checkpoints import allow_fairseq_globals, completing, explaining_building, explaining_reading, file_of
+from .ending import one_line_errors, report_at_exit
 from .files import unreadable
 from .flags import BildGenerationConfig, check, check_overrides, option, policy
 from .generator import BildGenerator, SearchOptions
@@ -55,7 +54,7 @@ def install() -> None:
     _install_flags()
     _install_generators()
     _switch_off_encoder_fast_path()
-    sys.excepthook = _one_line_errors(sys.excepthook)
+    sys.excepthook = one_line_errors(sys.excepthook)
 
 
 def _install_loading() -> None:
@@ -90,6 +89,10 @@ def _checked_parse(parse: Callable[..., Any]) -> Callable[..., Any]:
             if namespace.generator != "beam":
                 _check_large_paths(namespace)
                 check_overrides("--model-overrides", namespace.model_overrides)
+                if sys.stdout is None and not namespace.results_path:
+                    raise BildError("standard output is closed, so nothing can be printed; redirect it to a file")
+                # A full disk would make every line of the log a traceback.
+                logging.raiseExceptions = False
                 FairseqTask.build_generator = _reporting(FairseqTask.build_generator)
         return parsed
 
@@ -115,7 +118,7 @@ def _check_large_paths(namespace: argparse.Namespace) -> None:
 
 
 def _reporting(build: Callable[..., Any]) -> Callable[..., Any]:
-    """Has a program print the summary and write the statistics when it ends, however it ends."""
+    """Has a program report on its generator when it ends."""
     if hasattr(build, "reports"):
         return build
 
@@ -123,18 +126,11 @@ def _reporting(build: Callable[..., Any]) -> Callable[..., Any]:
     def build_generator(*args: Any, **kwargs: Any) -> Any:
         generator = build(*args, **kwargs)
         if isinstance(generator, BildGenerator):
-            atexit.register(_report, generator)
+            report_at_exit(generator)
         return generator
 
     build_generator.reports = True
     return build_generator
-
-
-def _report(generator: BildGenerator) -> None:
-    if generator.counters().tokens:
-        sys.stdout.flush()
-        print(generator.summary(), file=sys.stderr)
-    generator.finish()
 
 
 def _install_generators() -> None:
@@ -229,13 +225,3 @@ def source_lengths(net_input: dict[str, Any], pad: int) -> Tensor:
     lengths = net_input["src_tokens"].ne(pad).sum(dim=1)
     counts_end = "src_lengths" in SequenceGenerator._generate.__code__.co_consts
     return lengths if counts_end else lengths - 1
-
-
-def _one_line_errors(previous: Callable[..., Any]) -> Callable[..., Any]:
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, BildError):
-            print(f"bild_fairseq: {error}", file=sys.stderr)
-        else:
-            previous(kind, error, trace)
-
-    return hook

@@ -101,7 +101,7 @@ def test_finish_writes_what_stats_returns(tmp_path, file):
 def test_sentences_without_ids_are_numbered_in_order():
     """fairseq-interactive's batches have no ids."""
     large, small = pair("agreeing", 0)
-    made = generator([large], [small], Rules())
+    made = generator([large], [small], Rules(), stats_path="never written")
     for words in ([1], [2]):
         batch = sample([source(words), source([7])])
         del batch["id"]

@@ -322,7 +322,7 @@ def test_counters_add_up(models, rules, drawn):
 def test_generator_sums_its_sentences():
     """``counters()`` is the sum over every batch, ``stats()`` names each sentence by its id."""
     large, small = pair("agreeing", 0)
-    made = generator([large], [small], Rules())
+    made = generator([large], [small], Rules(), stats_path="never written")
     batches = [sample([source([1, 2]), source([5])], ids=[7, 3]), sample([source([9, 9, 1])], ids=[5])]
     each = [hypothesis["counters"] for batch in batches for hypothesis in hypotheses(made, batch)]
     for field in dataclasses.fields(each[0]):

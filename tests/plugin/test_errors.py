@@ -53,6 +53,11 @@ def message_of(function, *arguments):
         ({"bild_small_overrides": "{'dropout': 0.1}"}, "--bild-small-path"),
         ({"bild_stats": "nowhere/stats.json"}, "--bild-stats nowhere/stats.json"),
         ({"bild_stats": USER_DIR}, f"--bild-stats {USER_DIR}"),
+        ({"bild_stats": ""}, "--bild-stats"),
+        ({"bild_stats": f"{__file__}/stats.json"}, f"{__file__} is no folder"),
+        ({"bild_stats": f"{__file__}/below/stats.json"}, f"--bild-stats {__file__}/below/stats.json"),
+        ({"bild_stats": "stats\0.json"}, "--bild-stats"),
+        ({"bild_stats": "s" * 300}, "--bild-stats"),
     ],
 )
 def test_values_out_of_range(chosen, named):
