@@ -14,11 +14,13 @@ class _Lines:
     """A file that gets each state of a bar as a line of its own."""
 
     def __init__(self, stream: TextIO):
-        self._stream = stream
+        self._stream, self._last = stream, ""
 
     def write(self, text: str) -> None:
-        if text.strip():
-            self._stream.write(text.strip() + "\n")
+        text = text.strip()
+        if text not in ("", self._last):
+            self._last = text
+            self._stream.write(text + "\n")
 
     def flush(self) -> None:
         self._stream.flush()

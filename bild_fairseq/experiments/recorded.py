@@ -74,11 +74,11 @@ class RecordedReader(Reader):
     def _read(self, tokens: Tokens, row: int) -> list[Node | None]:
         """What is predicted after each token of a sentence."""
         path = self._paths[row]
+        if not path:
+            path.append(self._roots[row])  # after the start symbol
         for token in tokens[row][len(path) :]:
-            if not path:
-                path.append(self._roots[row])  # after the start symbol
-            else:
-                path.append(path[-1] and path[-1].after.get(token))
+            node = path[-1]
+            path.append(node.after.get(token) if node is not None else None)
         return path
 
 
@@ -87,15 +87,10 @@ def walk(roots: Sequence[Node | None], policy: Policy, eos: int) -> list[Sentenc
 
     Returns:
         the sentences, in order. One that needs a prediction which is not recorded has ``failed``; it is needed after
-        the tokens that :func:`missing` gives.
+        all tokens but the last, with which ``decode`` ended it.
     """
     readers = RecordedReader(roots, eos), RecordedReader(roots, eos)
     return decode(*readers, eos, [[]] * len(roots), policy, eos)
-
-
-def missing(sentence: Sentence) -> tuple[int, ...]:
-    """The tokens, without the start symbol, after which a failed sentence needs a prediction."""
-    return tuple(sentence.tokens[1:-1])
 
 
 def insert(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -59,6 +60,11 @@ def policy_flags(policy: Policy) -> str:
         f"--bild-fallback-threshold {policy.fallback_threshold:g} --bild-rollback-threshold "
         f"{policy.rollback_threshold:g} --bild-max-draft {policy.max_draft}" + " --bild-verify-end" * policy.verify_end
     )
+
+
+def policy_of(row: dict[str, Any]) -> Policy:
+    """The policy of a row of results that has all of its fields."""
+    return Policy(**{field.name: row[field.name] for field in dataclasses.fields(Policy)})
 
 
 def threshold_columns(policy: Policy) -> dict[str, float | str]:
