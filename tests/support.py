@@ -160,8 +160,9 @@ def generator(large: Sequence[nn.Module], small: Sequence[nn.Module], rules: Rul
     """The package's generator for the reference's rules; what they say of one sentence is left out.
 
     Args:
-        more: further arguments of ``Pair`` and ``BildGenerator``.
+        more: further arguments of ``Pair`` and ``BildGenerator``, and the models' ``dictionary`` if it is another one.
     """
+    dictionary = more.pop("dictionary", None) or symbols()
     of_pair = {name: more.pop(name) for name in OF_PAIR if name in more}
     policy = Policy(
         fallback_threshold=rules.fallback_threshold,
@@ -180,7 +181,7 @@ def generator(large: Sequence[nn.Module], small: Sequence[nn.Module], rules: Rul
         temperature=rules.temperature,
         no_repeat_ngram_size=rules.no_repeat_ngram_size,
     )
-    return BildGenerator(Pair(large, small, **of_pair), symbols(), policy, options, **more)
+    return BildGenerator(Pair(large, small, **of_pair), dictionary, policy, options, **more)
 
 
 def assert_like_reference(hypothesis: dict[str, Any], wanted: Result) -> None:

@@ -130,9 +130,14 @@ def save_folder(folder: Path, model: nn.Module, **options: object) -> Path:
 def converted(folder: Path, variant: str, seed: int = 7, **changes: object) -> tuple[nn.Module, nn.Module, Dictionary]:
     """A model of `transformers`, the same as fairseq loads it after conversion, and its dictionary."""
     wanted = hf_model(variant, seed, **changes)
+    return wanted, *in_fairseq(folder, wanted)
+
+
+def in_fairseq(folder: Path, wanted: nn.Module) -> tuple[nn.Module, Dictionary]:
+    """A model of `transformers` as fairseq loads it after conversion, and its dictionary."""
     convert(save_folder(folder / "hf", wanted), folder / "fairseq")
     task = task_of(folder / "fairseq")
-    return wanted, load(folder / "fairseq" / "model.pt", task), task.target_dictionary
+    return load(folder / "fairseq" / "model.pt", task), task.target_dictionary
 
 
 def task_of(folder: Path) -> TranslationTask:

@@ -13,6 +13,7 @@ fairseq's programs come here through ``Pair.from_args``, scripts through ``Pair.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shlex
 from collections.abc import Hashable, Sequence
@@ -31,10 +32,13 @@ from ..engines.changes import traces
 from ..engines.choose import engine_for
 from ..engines.precision import PRECISIONS
 from ..engines.readers import combined
+from ..engines.supported import is_t5
 from ..errors import BildError
 from ..models.exits import ExitHeads
 from .checkpoints import check_positions, load_large, load_small
 from .flags import option, small_overrides, small_paths
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -114,6 +118,7 @@ class Pair:
             "precision": str(option(args, "bild_precision")),
             "small_precision": None if small_precision == "same" else small_precision,
         }
+        _warn_of_overflow(models)
         paths = small_paths(args)
         if paths:
             small = _load_drafting(paths, task, models, small_overrides(args))
@@ -151,6 +156,7 @@ class Pair:
             BildError: a checkpoint cannot be loaded or does not fit; one line that names it.
         """
         large = load_large(utils.split_paths(large_path), task, cuda=cuda, fp16=fp16)
+        _warn_of_overflow(large)
         if small_path is None and not alone and exit_layer is None:
             exit_layer = lowest_exit(large)
         small = _load_drafting(utils.split_paths(small_path), task, large) if small_path else ()
@@ -242,6 +248,12 @@ def _load_drafting(
     limit = max(pair[0] for pair in limits.values()) if isinstance(limits, dict) else limits[0]
     check_positions(small, min(limit, *(model.encoder.max_positions() for model in large)))
     return small
+
+
+def _warn_of_overflow(models: Sequence[nn.Module]) -> None:
+    """Says so where a T5 is in float16, whose range its hidden states can leave; the text is then none."""
+    if any(is_t5(model.decoder) and model.decoder.embed_tokens.weight.dtype is torch.float16 for model in models):
+        logger.warning("T5 overflows in float16; leave --fp16 out, or give --bild-precision bfloat16 instead of it")
 
 
 def has_exits(models: Sequence[nn.Module]) -> bool:

@@ -89,7 +89,7 @@ KINDS = {
 }
 # What decodes here, so that a check that refuses too much is seen.
 FAMILIES = ("TransformerModel", "BARTModel", "TransformerAlignModel", "MultilingualTransformerModel")
-FAMILIES += ("EarlyExitTransformerModel", "EarlyExitBARTModel")
+FAMILIES += ("EarlyExitTransformerModel", "EarlyExitBARTModel", "T5Model", "EarlyExitT5Model")
 
 SPEECH = {"input_feat_per_channel": 8, "input_channels": 1, "conv_channels": 8, "n_frames_per_step": 1, "fp16": False}
 SPEECH |= {"output_frame_dim": 8, "prenet_dim": 8, "postnet_conv_dim": 8, "target_speaker_embed": False}
