@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bild_fairseq.experiments.methods import Method, add_method_arguments, load_methods
 from fairseq.tasks import FairseqTask
 from tqdm import tqdm
 
@@ -39,7 +40,6 @@ from bild_fairseq.experiments.arguments import (
 from bild_fairseq.experiments.commandline import quiet, run
 from bild_fairseq.experiments.data import check_sources, device_name, first_sentences, load, make_batches
 from bild_fairseq.experiments.files import write_atomically
-from bild_fairseq.experiments.methods import Method, add_method_arguments, load_methods
 from bild_fairseq.experiments.origin import difference, origin_of
 from bild_fairseq.experiments.recorded import Missing, Recorder, walk
 from bild_fairseq.experiments.scoring import Scorer, bootstrap_weights, quality_change

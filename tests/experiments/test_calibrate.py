@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import support
+from bild_fairseq.experiments.methods import Method
 from cli_support import Corpus
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,6 @@ from script_support import MemoryTask, refused, run_script, script
 from bild_fairseq.decoding.counters import Counters
 from bild_fairseq.decoding.decode import Policy
 from bild_fairseq.experiments import recorded as simulate
-from bild_fairseq.experiments.methods import Method
 
 calibrate = script("calibrate")
 
