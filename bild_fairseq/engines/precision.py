@@ -1,6 +1,7 @@
-"""The precision of the weights: what ``--bild-precision`` asks for.
+"""The precision of matrix products: what ``--bild-precision`` asks for.
 
-Only matrices are rounded; sums, norms, attention and probabilities are computed in float32.
+Of a model's weights only matrices are rounded. In int8 a product's inputs are rounded as well, so that it multiplies
+integers. Norms, attention and probabilities are computed in float32.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
+from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
 from ..errors import BildError
@@ -44,8 +47,25 @@ def rounded(weight: Tensor, precision: str) -> Tensor:
     return values.float() if scale is None else values.float() * scale[:, None]
 
 
+def rounded_rows(x: Tensor) -> Tensor:
+    """Inputs as an int8 product multiplies them: each row a scale times integers within 127.
+
+    Args:
+        x: (..., in).
+    """
+    largest = x.detach().float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
+    return ((x * (127 / largest)).round() * (largest / 127)).to(x.dtype)
+
+
+class IntegerLinear(nn.Linear):
+    """A product whose inputs are rounded; its weight is a rounded one, in floating point."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(rounded_rows(x), self.weight, self.bias)
+
+
 def rounded_copy(module: nn.Module, precision: str) -> nn.Module:
-    """A model with every matrix product's weight rounded; embeddings that share theirs with one keep it.
+    """A model with every matrix product rounded; embeddings that share their weight with one keep it.
 
     In float32 there is nothing to round, and the model itself is returned.
     """
@@ -55,4 +75,16 @@ def rounded_copy(module: nn.Module, precision: str) -> nn.Module:
     for part in module.modules():
         if isinstance(part, nn.Linear):
             part.weight = nn.Parameter(rounded(part.weight.detach(), precision).to(part.weight.dtype), False)
+            if precision == "int8":
+                part.__class__ = IntegerLinear
+        elif precision == "int8":
+            _call_products(part)
     return module
+
+
+def _call_products(part: nn.Module) -> None:
+    """Keeps a module of fairseq's from fused operators, which take the products' weights and do not round inputs."""
+    if isinstance(part, MultiheadAttention):
+        part.skip_embed_dim_check = True
+    if hasattr(part, "can_use_fastpath"):
+        part.can_use_fastpath = False

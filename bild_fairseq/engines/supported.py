@@ -31,9 +31,11 @@ from fairseq.modules.fairseq_dropout import FairseqDropout
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 from torch import nn
 
+from .precision import IntegerLinear
+
 # Kinds whose forward pass an engine replaces or ignores; a subclass of one computes something else.
 _PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm, type(LayerNorm(1)), LearnedPositionalEmbedding)
-_PLAIN += (SinusoidalPositionalEmbedding, nn.ModuleList, nn.ModuleDict, LayerDropModuleList)
+_PLAIN += (SinusoidalPositionalEmbedding, nn.ModuleList, nn.ModuleDict, LayerDropModuleList, IntegerLinear)
 # Subclasses of these are fine as long as they compute with the stock methods.
 _STOCK: dict[type, tuple[type, ...]] = {
     TransformerDecoderBase: (TransformerDecoder, TransformerDecoderBase),

@@ -259,11 +259,12 @@ def test_rounded_weights(architecture, precision):
 
 @needs_kernels
 @torch.no_grad()
+@pytest.mark.parametrize("precision", ["float32", "int8"])
 @pytest.mark.parametrize("lengths", SOURCES.values(), ids=SOURCES)
-def test_native_results_depend_on_nothing_else_in_the_call(lengths):
+def test_native_results_depend_on_nothing_else_in_the_call(lengths, precision):
     """To the last bit: token by token, and many tokens of many sentences at once."""
     made = build(PRE_NORM)
-    engine = NativeEngine(made)
+    engine = NativeEngine(made, precision)
     tokens = sentences((21, 14, 17), random.Random(3))
     state = engine.start(net_input(lengths))
     together = read(engine, state, [0, 1, 2], [0, 0, 0], tokens)

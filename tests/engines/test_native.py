@@ -33,7 +33,14 @@ from bild_fairseq.engines.base import Pass
 from bild_fairseq.engines.choose import engine_for
 from bild_fairseq.engines.native import NativeEngine, build, missing_option, structs
 from bild_fairseq.engines.native.encoder import NativeEncoder
-from bild_fairseq.engines.precision import PRECISIONS, quantize, rounded, rounded_copy
+from bild_fairseq.engines.precision import (
+    PRECISIONS,
+    IntegerLinear,
+    quantize,
+    rounded,
+    rounded_copy,
+    rounded_rows,
+)
 from bild_fairseq.engines.readers import EngineReader
 from bild_fairseq.engines.torch.engine import TorchEngine
 from bild_fairseq.errors import BildError
@@ -152,7 +159,10 @@ def numbers(tensor):
 
 
 def product(x, module):
-    """y[r, o] = sum_i x[r, i] weight[o, i] + bias[o]"""
+    """y[r, o] = sum_i x[r, i] weight[o, i] + bias[o], with each row of x as integers times a scale in int8"""
+    if isinstance(module, IntegerLinear):
+        scale = np.abs(x).max(1, keepdims=True) / 127
+        x = np.round(x / scale) * scale
     return x @ numbers(module.weight).T + (0 if module.bias is None else numbers(module.bias))
 
 
@@ -221,7 +231,12 @@ WIDE = {
     **{f"{side}_embed_dim": 60 for side in ("encoder", "decoder")},
     **{f"{side}_ffn_embed_dim": 70 for side in ("encoder", "decoder")},
 }
-SETS = {"this processor's": "", "AVX2": "-mno-avx512f", "none": "-mno-avx512f -mno-avx2"}
+SETS = {
+    "this processor's": "",
+    "without VNNI": "-mno-avx512vnni",
+    "AVX2": "-mno-avx512f",
+    "none": "-mno-avx512f -mno-avx2",
+}
 
 
 @pytest.fixture(scope="module", params=SETS.values(), ids=SETS)
@@ -252,19 +267,26 @@ def test_kernels_compute_what_numpy_does(options, precision):
     name = options.get("activation_fn", "relu")
     engine, plain = NativeEngine(made, precision), rounded_copy(made, precision)
     rng = random.Random(1)
+    compared = []
     for lengths in ((1,), (2, 3), (9, 1, 30), (7, 6)):
         sources = [source(rng.choices(range(20), k=length)) for length in lengths]
         texts = [[symbols().eos(), *rng.choices(range(4, 24), k=length)] for length in lengths]
         state = engine.start(sample(sources)["net_input"])
         rows, starts = range(len(lengths)), [0] * len(lengths)
         logits, normalizers = engine.run(state, Pass(rows, starts, texts, (0, engine.depth), "all"))
-        wanted = []
-        for one, text in zip(sources, texts, strict=True):
+        parts = (kind.split([len(text) for text in texts]) for kind in (logits, normalizers))
+        for one, text, *found in zip(sources, texts, *parts, strict=True):
             states = stack(plain.encoder, one, None, name)
-            wanted.append(product(stack(plain.decoder, text, states, name), plain.decoder.output_projection))
-        wanted = torch.tensor(np.concatenate(wanted))
-        assert_close(logits.double(), wanted)
-        assert_close(normalizers.double(), wanted.logsumexp(1))
+            wanted = product(stack(plain.decoder, text, states, name), plain.decoder.output_projection)
+            compared.append((*(part.double() for part in found), torch.tensor(wanted)))
+    if precision == "int8":
+        # An input between two integers may go to either; the sentence is then off by about what int8 costs.
+        assert all((logits - wanted).abs().max() < 5e-2 * wanted.abs().max() for logits, _, wanted in compared)
+        compared = [one for one in compared if torch.allclose(one[0], one[2], rtol=1e-4, atol=1e-4)]
+        assert len(compared) >= 3
+    for logits, normalizers, wanted in compared:
+        assert_close(logits, wanted)
+        assert_close(normalizers, wanted.logsumexp(1))
 
 
 @needs_kernels
@@ -326,6 +348,19 @@ def test_rounding(precision):
     assert_close(rounded(once, precision), once)
     values, scale = quantize(weight, precision)
     assert values.dtype is getattr(torch, precision) and (scale is not None) == (precision == "int8")
+
+
+def test_rows_become_integers():
+    """Within half a step, the largest being 127 of them, and nothing left to round the second time."""
+    torch.manual_seed(2)
+    x = torch.randn(2, 7, 5) * torch.logspace(-8, 8, 7)[:, None]
+    x[0, 3] = 0
+    step = x.abs().amax(-1, keepdim=True) / 127
+    once = rounded_rows(x)
+    assert ((once - x).abs() <= step * 0.5001).all()
+    torch.testing.assert_close(rounded_rows(once), once, rtol=1e-5, atol=0)
+    x[1, 0, 0] = math.nan
+    assert rounded_rows(x).isnan().any(-1).nonzero().tolist() == [[1, 0]]
 
 
 def test_weights_beyond_half_precision_are_refused():
@@ -448,10 +483,12 @@ def test_layers_above_an_exit_read_what_it_has_left(constraints, texts):
 
 @needs_kernels
 @torch.no_grad()
-def test_logits_that_are_not_numbers_end_a_draft_and_stay_in_their_row():
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("broken_by", [math.nan, math.inf])
+def test_logits_that_are_not_numbers_end_a_draft_and_stay_in_their_row(broken_by, precision):
     made = model(3)
-    made.encoder.embed_tokens.weight[source([7])[0]] = math.nan
-    engine = NativeEngine(made)
+    made.encoder.embed_tokens.weight[source([7])[0]] = broken_by
+    engine = NativeEngine(made, precision)
     constraints = Constraints(symbols().pad(), symbols().unk(), symbols().eos(), max_len=9, min_len=9)
     state = engine.start(sample([source([1]), source([7, 2])])["net_input"])
     reader = engine.reader(state, (0, engine.depth), constraints)

@@ -22,7 +22,7 @@ from .structs import check_sizes
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("transformer.c", "threads.h", "vectors.h")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("transformer.c", "integers.h", "threads.h", "vectors.h")]
 # No errno and no floating-point traps: with them loops over exp and sqrt are not vectorized.
 _FLAGS = "-std=gnu11 -O3 -march=native -fopenmp -fPIC -shared -fno-math-errno -fno-trapping-math".split()
 
@@ -105,6 +105,7 @@ def _load(path: Path) -> ctypes.CDLL:
         "bild_run": (number, [address] * 3),
         "bild_draft": (number, [address] * 4),
         "bild_verify": (number, [address] * 4),
+        "bild_source_room": (number, [address, number]),
         "bild_source": (None, [*[address] * 5, number]),
     }
     for name, (result, arguments) in signatures.items():

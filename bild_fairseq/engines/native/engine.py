@@ -49,9 +49,10 @@ class NativeEngine(Engine):
         x, lengths = self._encoder(net_input)
         state = NativeState(self._stack, len(lengths), 32 + 2 * max(lengths), self.depth)
         state.reserve_source(lengths)
-        projected = torch.empty(len(x), self._source.out)
+        source = ctypes.addressof(self._source)
+        projected = torch.empty(self._library.bild_source_room(source, len(x)))
         self._library.bild_source(
-            *(self._stack.address, state.address, ctypes.addressof(self._source)),
+            *(self._stack.address, state.address, source),
             *(x.data_ptr(), projected.data_ptr(), torch.get_num_threads()),
         )
         return state

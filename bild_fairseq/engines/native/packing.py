@@ -48,9 +48,12 @@ class Packer:
         out, width = weight.shape
         panels = -(-out // self.panel)
         values, scale = quantize(weight, self._precision)
-        packed = values.new_zeros(panels * self.panel, width)
-        packed[:out] = values
-        packed = packed.view(panels, self.panel, width).transpose(1, 2).contiguous()  # (panels, in, panel)
+        together = 4 if self._precision == "int8" else 1  # inputs
+        groups = -(-width // together)
+        packed = values.new_zeros(panels * self.panel, groups * together)
+        packed[:out, :width] = values
+        # (panels, in, panel); for int8 (panels, inputs in fours, panel, 4)
+        packed = packed.view(panels, self.panel, groups, together).transpose(1, 2).contiguous()
         bias = None
         if modules[0].bias is not None:
             bias = self._padded(torch.cat([module.bias.detach().float() for module in modules]), panels)

@@ -13,6 +13,7 @@
  *
  * structs.py mirrors the structs. Matrices are row-major; T is the number of tokens in a pass.
  */
+#include "integers.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -27,7 +28,7 @@ enum { NONE, RELU, GELU };
 typedef struct {
     int64_t in, out;
     int64_t type;              /* of the weights */
-    const void *weight;        /* (panels, in, PANEL) */
+    const void *weight;        /* (panels, in, PANEL); INT8: (panels, inputs in fours, PANEL, 4) */
     const float *scale, *bias; /* (out, rounded up to panels); scale only for INT8, either may be NULL */
 } Linear;
 
@@ -99,6 +100,9 @@ typedef struct {
     float *inner;          /* (T, ffn) */
     float *selected;       /* (predictions, dim): what the predictions are made from */
     float *own;            /* (threads, FEW, dim): rows that a thread has normalized for itself */
+    float *integers;       /* rows as integers: T by all threads together, */
+    float *own_integers;   /* and (threads) blocks of FEW that a thread has made for itself; NULL for none */
+    int64_t integers_each; /* floats of such a block */
     float *scores;         /* (threads, score_room): one query's attention */
     int64_t score_room;
     float *tops, *sums;    /* (threads, predictions): largest logit of a thread's share, and its sum of exponentials */
@@ -123,6 +127,10 @@ static Workspace workspace(const Stack *stack, const State *state, const Pass *p
     w.inner = carve(block, &w.size, T * stack->ffn);
     w.selected = carve(block, &w.size, n * dim);
     w.own = carve(block, &w.size, threads * FEW * dim);
+    int64_t widest = dim > stack->ffn ? dim : stack->ffn;
+    w.integers = carve(block, &w.size, integer_room(T, widest));
+    w.integers_each = integer_room(FEW, widest);
+    w.own_integers = carve(block, &w.size, threads * w.integers_each);
     w.scores = carve(block, &w.size, threads * w.score_room);
     w.tops = carve(block, &w.size, threads * n);
     w.sums = carve(block, &w.size, threads * n);
@@ -167,50 +175,77 @@ static inline __attribute__((always_inline)) void multiply_rows(int panels, int 
     for (int j = 0; j < panels * rows * 2; j++) sums[j] = s[j];
 }
 
+/* The same with integers: x (rows, width), weights (inputs in fours, PANEL, 4), sums with their rows' scales. */
+static inline __attribute__((always_inline)) void multiply_integers(int panels, int rows, const Integers *x,
+                                                                    int64_t r0, int64_t in, const int8_t *weight,
+                                                                    Sums sums) {
+    const int8_t *row = x->values + r0 * x->width;
+    int64_t size = (in + 3) / 4 * 4 * PANEL;
+    ivec s[SUMS];
+    for (int q = 0; q < panels; q++)
+        for (int r = 0; r < rows; r++)
+            s[(q * rows + r) * 2] = s[(q * rows + r) * 2 + 1] = first_sum(x->sums[r0 + r]);
+    for (int64_t at = 0; at < size; at += 4 * PANEL) {
+        if (rows > 1)
+            for (int q = 0; q < panels; q++)
+                for (int line = 0; line < 4 * PANEL; line += 64)
+                    __builtin_prefetch(weight + q * size + at + AHEAD + line);
+        ivec low[4], high[4];
+        for (int q = 0; q < panels; q++) {
+            low[q] = load_quads(weight + q * size + at);
+            high[q] = load_quads(weight + q * size + at + 4 * LANES);
+        }
+        for (int r = 0; r < rows; r++) {
+            int32_t four;
+            memcpy(&four, row + r * x->width + at / PANEL, sizeof four);
+            for (int q = 0; q < panels; q++) {
+                s[(q * rows + r) * 2] = add_products(s[(q * rows + r) * 2], low[q], four);
+                s[(q * rows + r) * 2 + 1] = add_products(s[(q * rows + r) * 2 + 1], high[q], four);
+            }
+        }
+    }
+    for (int j = 0; j < panels * rows * 2; j++)
+        sums[j] = __builtin_convertvector(s[j], vec) * x->scales[r0 + j / 2 % rows];
+}
+
 /* How many panels are computed side by side. */
 static inline int64_t panels_together(int64_t rows) { return rows == 1 ? 4 : rows <= PAIRED_ROWS ? 2 : 1; }
 
-static inline __attribute__((always_inline)) void multiply_type(int type, int64_t panels, int64_t rows, const float *x,
-                                                                int64_t ldx, int64_t in, const void *panel, Sums sums) {
-#define CASE(PANELS, N) \
-    case PANELS * 16 + N: multiply_rows(PANELS, N, type, x, ldx, in, panel, PANEL, in * PANEL, sums); break;
-    switch (panels * 16 + rows) { /* constant numbers keep the sums in registers */
-        CASE(4, 1)
-        CASE(2, 1)
-        CASE(2, 2)
-        CASE(1, 1)
-        CASE(1, 2)
-        CASE(1, 3)
-        CASE(1, 4)
-        CASE(1, 5)
-        CASE(1, 6)
+/* Calls FUNCTION(panels, rows, ...): constant numbers keep the sums in registers. */
+#define CASE(PANELS, N, FUNCTION, ...) \
+    case PANELS * 16 + N: FUNCTION(PANELS, N, __VA_ARGS__); break;
 #if PAIRED_ROWS > 2
-        CASE(2, 3)
-        CASE(2, 4)
-        CASE(2, 5)
+#define MORE_PAIRS(...) CASE(2, 3, __VA_ARGS__) CASE(2, 4, __VA_ARGS__) CASE(2, 5, __VA_ARGS__)
+#else
+#define MORE_PAIRS(...)
 #endif
 #if ROWS > 6
-        CASE(1, 7)
-        CASE(1, 8)
-        CASE(1, 9)
-        CASE(1, 10)
-        CASE(1, 11)
-        CASE(1, 12)
+#define MORE_ROWS(...) \
+    CASE(1, 7, __VA_ARGS__) CASE(1, 8, __VA_ARGS__) CASE(1, 9, __VA_ARGS__) \
+    CASE(1, 10, __VA_ARGS__) CASE(1, 11, __VA_ARGS__) CASE(1, 12, __VA_ARGS__)
+#else
+#define MORE_ROWS(...)
 #endif
+#define WITH_CONSTANTS(PANELS, N, ...) \
+    switch ((PANELS) * 16 + (N)) { \
+        CASE(4, 1, __VA_ARGS__) CASE(2, 1, __VA_ARGS__) CASE(2, 2, __VA_ARGS__) MORE_PAIRS(__VA_ARGS__) \
+        CASE(1, 1, __VA_ARGS__) CASE(1, 2, __VA_ARGS__) CASE(1, 3, __VA_ARGS__) \
+        CASE(1, 4, __VA_ARGS__) CASE(1, 5, __VA_ARGS__) CASE(1, 6, __VA_ARGS__) MORE_ROWS(__VA_ARGS__) \
     }
-#undef CASE
-}
 
-static void multiply(int64_t type, int64_t panels, int64_t rows, const float *x, int64_t ldx, int64_t in,
-                     const void *panel, Sums sums) {
-    if (type == FLOAT32)
-        multiply_type(FLOAT32, panels, rows, x, ldx, in, panel, sums);
-    else if (type == FLOAT16)
-        multiply_type(FLOAT16, panels, rows, x, ldx, in, panel, sums);
-    else if (type == BFLOAT16)
-        multiply_type(BFLOAT16, panels, rows, x, ldx, in, panel, sums);
+/* sums of rows r0 .. r0 + rows - 1 of x, or for INT8 of `integers`, and neighbouring panels. */
+static void multiply(const Linear *l, int64_t panels, int64_t rows, const float *x, const Integers *integers,
+                     int64_t r0, const void *panel, Sums sums) {
+    int64_t in = l->in;
+    x += r0 * in;
+    if (l->type == FLOAT32)
+        WITH_CONSTANTS(panels, rows, multiply_rows, FLOAT32, x, in, in, panel, PANEL, in * PANEL, sums)
+    else if (l->type == FLOAT16)
+        WITH_CONSTANTS(panels, rows, multiply_rows, FLOAT16, x, in, in, panel, PANEL, in * PANEL, sums)
+    else if (l->type == BFLOAT16)
+        WITH_CONSTANTS(panels, rows, multiply_rows, BFLOAT16, x, in, in, panel, PANEL, in * PANEL, sums)
     else
-        multiply_type(INT8, panels, rows, x, ldx, in, panel, sums);
+        WITH_CONSTANTS(panels, rows, multiply_integers, integers, r0, in, panel, sums)
 }
 
 /* What remains to be done with one row's sums of one panel, p: scale, bias, activation, residual. */
@@ -234,18 +269,34 @@ static inline void finish(const Linear *l, int64_t p, const vec *sums, float *y,
 
 static int64_t panel_count(const Linear *l) { return (l->out + PANEL - 1) / PANEL; }
 
-/* This thread's share of y = activation(x W + bias) + residual: x (rows, in), y and residual (rows, ldy). */
+static int64_t panel_bytes(const Linear *l) {
+    return l->type == INT8 ? (l->in + 3) / 4 * 4 * PANEL : l->in * PANEL * weight_size(l->type);
+}
+
+/* Rows of x (rows, in) as integers, for this thread's use: few by every thread for itself, many together. */
+static Integers as_integers(const Team *team, const float *x, int64_t rows, int64_t in, const Workspace *w) {
+    int together = rows > FEW || !w->own_integers;
+    Integers made = integers_in(together ? w->integers : w->own_integers + team->thread * w->integers_each, rows, in);
+    Range mine = together ? share(team, rows) : (Range){0, rows};
+    for (int64_t r = mine.from; r < mine.to; r++) to_integers(x + r * in, in, &made, r);
+    if (together) wait_for_all(team);
+    return made;
+}
+
+/* This thread's share of y = activation(x W + bias) + residual: x (rows, in), y and residual (rows, ldy). All of x must
+ * have been written; there is a barrier between this product and the next. */
 static void linear(const Team *team, const Linear *l, const float *x, int64_t rows, float *y, int64_t ldy,
-                   const float *residual, int activation) {
+                   const float *residual, int activation, const Workspace *w) {
     Range mine = share(team, panel_count(l));
-    int64_t ldx = l->in, count;
-    for (int64_t p = mine.from; p < mine.to; p += count) {
+    Integers integers = {0};
+    if (l->type == INT8) integers = as_integers(team, x, rows, l->in, w);
+    for (int64_t p = mine.from, count; p < mine.to; p += count) {
         for (count = panels_together(rows); count > mine.to - p; count /= 2) continue;
-        const char *weight = (const char *)l->weight + p * l->in * PANEL * weight_size(l->type);
+        const char *weight = (const char *)l->weight + p * panel_bytes(l);
         for (int64_t r0 = 0; r0 < rows; r0 += ROWS) {
             int64_t n = rows - r0 < ROWS ? rows - r0 : ROWS;
             Sums sums;
-            multiply(l->type, count, n, x + r0 * ldx, ldx, l->in, weight, sums);
+            multiply(l, count, n, x, &integers, r0, weight, sums);
             for (int64_t q = 0; q < count; q++)
                 for (int64_t r = 0; r < n; r++)
                     finish(l, p + q, sums + (q * n + r) * 2, y + (r0 + r) * ldy,
@@ -391,28 +442,28 @@ static void run_layer(const Team *team, const Stack *stack, const State *state, 
     float *x = pass->x;
 
     const float *y = pre ? normalize(team, &layer->self_norm, x, T, dim, w) : x;
-    linear(team, &layer->qkv, y, T, w->projected, 3 * dim, NULL, NONE);
+    linear(team, &layer->qkv, y, T, w->projected, 3 * dim, NULL, NONE, w);
     wait_for_all(team);
     self_attention(team, stack, state, pass, index, w);
     wait_for_all(team);
-    linear(team, &layer->self_out, w->attended, T, x, dim, x, NONE);
+    linear(team, &layer->self_out, w->attended, T, x, dim, x, NONE, w);
     wait_for_all(team);
 
     if (stack->attends_to_source) {
         y = normalize(team, pre ? &layer->source_norm : &layer->self_norm, x, T, dim, w);
-        linear(team, &layer->source_query, y, T, w->projected, dim, NULL, NONE);
+        linear(team, &layer->source_query, y, T, w->projected, dim, NULL, NONE, w);
         wait_for_all(team);
         source_attention(team, stack, state, pass, index, w);
         wait_for_all(team);
-        linear(team, &layer->source_out, w->attended, T, x, dim, pre ? x : y, NONE);
+        linear(team, &layer->source_out, w->attended, T, x, dim, pre ? x : y, NONE, w);
         wait_for_all(team);
     }
 
     const Norm *before = pre ? &layer->final_norm : stack->attends_to_source ? &layer->source_norm : &layer->self_norm;
     y = normalize(team, before, x, T, dim, w);
-    linear(team, &layer->fc1, y, T, w->inner, ffn, NULL, stack->activation);
+    linear(team, &layer->fc1, y, T, w->inner, ffn, NULL, stack->activation, w);
     wait_for_all(team);
-    linear(team, &layer->fc2, w->inner, T, x, dim, pre ? x : y, NONE);
+    linear(team, &layer->fc2, w->inner, T, x, dim, pre ? x : y, NONE, w);
     wait_for_all(team);
     if (!pre) normalize_together(team, &layer->final_norm, x, T, dim, x);
 }
@@ -473,7 +524,7 @@ static void predict(const Team *team, const Stack *stack, const Pass *pass, cons
     const Linear *vocabulary = &pass->head->vocabulary;
     int64_t n = pass->predictions, stride = pass->logits_stride;
     const float *x = select_hidden(team, stack, pass, w);
-    linear(team, vocabulary, x, n, pass->logits, stride, NULL, NONE);
+    linear(team, vocabulary, x, n, pass->logits, stride, NULL, NONE, w);
     Range panels = share(team, panel_count(vocabulary));
     int64_t begin = PANEL * panels.from, end = PANEL * panels.to;
     for (int64_t r = 0; r < n; r++) {
@@ -669,20 +720,24 @@ int64_t bild_verify(const Stack *stack, const State *state, const Pass *pass, co
 
 /* ---- The source -------------------------------------------------------------------------------------------------- */
 
+/* Floats that bild_source needs for so many rows. */
+int64_t bild_source_room(const Linear *both, int64_t rows) { return rows * both->out + integer_room(rows, both->in); }
+
 /* Keys and values of the source, for all layers, from the encoder's output.
  *
  * both: of all layers, (layer 0 keys, layer 0 values, layer 1 keys, ...).
- * x: (sum of the state's source_lengths, in), sentence after sentence. y: scratch, (that sum, both->out). */
+ * x: (rows, in), the rows of one sentence after those of another. y: scratch, with the room of bild_source_room. */
 void bild_source(const Stack *stack, const State *state, const Linear *both, const float *x, float *y,
                  int64_t threads) {
     int64_t dim = stack->dim, heads = stack->heads, head_dim = dim / heads, capacity = state->source_capacity;
     int64_t layers = both->out / (2 * dim), rows = 0;
     for (int64_t s = 0; s < state->sentences; s++) rows += state->source_lengths[s];
+    Workspace w = {.integers = y + rows * both->out};
     Barrier barrier = {0};
 #pragma omp parallel num_threads(threads)
     {
         Team team = team_member(&barrier);
-        linear(&team, both, x, rows, y, both->out, NULL, NONE);
+        linear(&team, both, x, rows, y, both->out, NULL, NONE, &w);
         wait_for_all(&team);
         Range mine = share(&team, layers * heads);
         int64_t offset = 0;

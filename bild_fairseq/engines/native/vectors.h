@@ -25,6 +25,9 @@
 #define ROWS 6
 #define PAIRED_ROWS 2
 #endif
+#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
+#define UNSIGNED_BY_SIGNED /* an instruction multiplies unsigned bytes by signed ones */
+#endif
 #define PANEL (2 * LANES) /* outputs that are computed together */
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -39,32 +42,22 @@ enum { FLOAT32, FLOAT16, BFLOAT16, INT8 };
 
 static inline int64_t weight_size(int64_t type) { return type == FLOAT32 ? 4 : type == INT8 ? 1 : 2; }
 
-/* LANES weights, from the given one on, as floats. */
+/* LANES weights, from the given one on, as floats; not for INT8. */
 static inline __attribute__((always_inline)) vec load(int type, const void *weight, int64_t offset) {
     if (type == FLOAT32) return *(const vec *)((const float *)weight + offset);
     if (type == BFLOAT16) {
         halves h = *(const halves *)((const uint16_t *)weight + offset);
         return (vec)(__builtin_convertvector(h, uvec) << 16);
     }
-    if (type == FLOAT16) {
-        const uint16_t *w = (const uint16_t *)weight + offset;
+    const uint16_t *w = (const uint16_t *)weight + offset;
 #if defined(__AVX512F__)
-        return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i_u *)w));
+    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i_u *)w));
 #elif defined(__AVX2__) && defined(__F16C__)
-        return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i_u *)w));
+    return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i_u *)w));
 #else /* a finite half's exponent and mantissa, shifted to a float's, are 2^-112 times its value */
-        uvec h = __builtin_convertvector(*(const halves *)w, uvec);
-        vec size = (vec)((h & 0x7fff) << 13) * 0x1p112f;
-        return (vec)((uvec)size | (h & 0x8000) << 16);
-#endif
-    }
-    const int8_t *b = (const int8_t *)weight + offset;
-#if defined(__AVX512F__) /* compilers translate __builtin_convertvector of bytes into slow code */
-    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i_u *)b)));
-#elif defined(__AVX2__)
-    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(b)));
-#else
-    return __builtin_convertvector(*(const bytes *)b, vec);
+    uvec h = __builtin_convertvector(*(const halves *)w, uvec);
+    vec size = (vec)((h & 0x7fff) << 13) * 0x1p112f;
+    return (vec)((uvec)size | (h & 0x8000) << 16);
 #endif
 }
 
@@ -73,6 +66,22 @@ static inline __attribute__((always_inline)) vec load(int type, const void *weig
 static inline vec broadcast(float x) { return x - (vec){0}; }
 
 static inline vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+
+/* The next n floats, fewer than LANES, or 0 beyond them. */
+static inline vec load_part(const float *x, int64_t n) {
+    vec v = {0};
+    if (n > 0) memcpy(&v, x, n * sizeof(float));
+    return v;
+}
+
+/* Integers within 127 as one byte each. */
+static inline void store_bytes(int8_t *to, ivec v) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i_u *)to, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    *(bytes *)to = __builtin_convertvector(v, bytes);
+#endif
+}
 
 /* The next n floats, or -inf beyond them. */
 static inline vec load_some(const float *x, int64_t n) {

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..precision import IntegerLinear, rounded_rows
+
 RowFn = Callable[[Tensor], Tensor]  # (rows, in) -> (rows, out)
 
 
@@ -21,6 +23,8 @@ def projection(*modules: nn.Linear) -> RowFn:
     else:
         weight = torch.cat([module.weight for module in modules]).detach()
         bias = None if modules[0].bias is None else torch.cat([module.bias for module in modules]).detach()
+    if isinstance(modules[0], IntegerLinear):
+        return lambda x: F.linear(rounded_rows(x), weight, bias)
     return lambda x: F.linear(x, weight, bias)
 
 
