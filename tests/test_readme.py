@@ -16,6 +16,10 @@ from pathlib import Path
 
 import pytest
 from cli_support import Corpus
+from sentencepiece import SentencePieceProcessor
+from t5_support import hf_model, save_folder, text
+
+from bild_fairseq.experiments.convert_t5 import convert
 
 ROOT = Path(__file__).resolve().parent.parent
 # What makes a program short here, after the arguments that the README gives it.
@@ -99,12 +103,30 @@ def files(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {
         "DATA-BIN": corpus.data,
         "large.pt": made / "checkpoint_last.pt",
+        **t5_files(corpus, made),
         "small.pt": corpus.small,
         "early_exit.pt": corpus.checkpoint(made / "exits.pt", arch=f"early_exit_{arch}", exit_layers=[1], **size),
         **{f"test.raw.{language}": made / f"test.{language}" for language in ("de", "en")},
         **{name: quickstart / "models" / name for name in ("codes", "dict.de.txt", "dict.en.txt")},
         **{folder: ROOT / folder for folder in ("bild_fairseq", "scripts", "examples")},
     }
+
+
+def t5_files(corpus: Corpus, made: Path) -> dict[str, Path]:
+    """Two T5 folders of `transformers`, and text in the pieces of their vocabulary."""
+    folders = {
+        f"HF-{name}": save_folder(made / name, hf_model("mT5", seed)) for name, seed in (("LARGE", 1), ("SMALL", 2))
+    }
+    convert(folders["HF-LARGE"], made / "converted")
+    pieces = SentencePieceProcessor(model_file=str(made / "converted/spiece.model"))
+    for language in ("x", "y"):
+        lines = [" ".join(pieces.encode(line, out_type=str)) for line in text()[:6]]
+        (made / f"t5.{language}").write_text("\n".join(lines) + "\n")
+    dictionary = ["--srcdict", made / "converted/dict.txt", "--joined-dictionary"]
+    corpus.programs(
+        "preprocess", "-s", "x", "-t", "y", *dictionary, "--testpref", made / "t5", "--destdir", made / "t5-bin"
+    )
+    return {**folders, "T5-BIN": made / "t5-bin"}
 
 
 @pytest.fixture

@@ -34,6 +34,10 @@ class EarlyExitLabelSmoothedCrossEntropyConfig(FairseqDataclass):
         default=0.0,
         metadata={"help": "weight of the uniform distribution in the targets, 0 to 1"},
     )
+    report_accuracy: bool = field(
+        default=False,
+        metadata={"help": "report accuracy metric, as for fairseq's own criterion; this one always does"},
+    )
     ignore_prefix_size: int = field(
         default=0,
         metadata={"help": "leave the first N target tokens out of the loss"},
@@ -85,12 +89,26 @@ class EarlyExitLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCrite
         ignore_prefix_size=0,
         exit_loss_weights="",
         exit_distill=0.0,
+        report_accuracy=False,
     ):
-        super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size)
+        super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
         if not 0 <= exit_distill <= 1:
             raise BildError(f"--exit-distill {exit_distill}: give a weight from 0 to 1")
         self.exit_distill = exit_distill
         self.loss_weights = parse_loss_weights(exit_loss_weights)
+
+    def check_model(self, model) -> None:
+        """What :meth:`forward` refuses, and a model of which nothing would be trained, before the first step.
+
+        Raises:
+            BildError: as of :meth:`forward`, or the only parts that are trained have no weight in the loss.
+        """
+        *exit_weights, _ = self._weights(_exit_layers(model))
+        if getattr(model, "exit_freeze_model", False) and not any(exit_weights):
+            raise BildError(
+                f"--exit-loss-weights {','.join(map(str, self.loss_weights))} leaves nothing to train: with"
+                " --exit-freeze-model only the exits learn, and their weights are 0"
+            )
 
     def forward(self, model, sample, reduce=True):
         """One forward pass, all losses.
@@ -109,14 +127,7 @@ class EarlyExitLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCrite
                 are weights.
         """
         exits = _exit_layers(model)
-        weights = self.loss_weights or [1.0] * (len(exits) + 1)
-        if len(weights) != len(exits) + 1:
-            raise BildError(
-                f"--exit-loss-weights gives {len(weights)} weights, the model needs"
-                f" {len(exits) + 1}: one for each exit ({', '.join(map(str, exits))}), then one"
-                " for the last layer"
-            )
-
+        weights = self._weights(exits)
         net_output = model(**sample["net_input"], return_exit_logits=True)
         # (batch * time, vocab), (batch * time,)
         teacher, target = self.get_lprobs_and_target(model, net_output, sample)
@@ -150,6 +161,17 @@ class EarlyExitLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCrite
         loss = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
         logging_output["loss"] = loss.data
         return loss, sample_size, logging_output
+
+    def _weights(self, exits: list[int]) -> list[float]:
+        """One for each exit, then one for the last layer."""
+        weights = self.loss_weights or [1.0] * (len(exits) + 1)
+        if len(weights) != len(exits) + 1:
+            raise BildError(
+                f"--exit-loss-weights gives {len(weights)} weights, the model needs"
+                f" {len(exits) + 1}: one for each exit ({', '.join(map(str, exits))}), then one"
+                " for the last layer"
+            )
+        return weights
 
     def _smoothed_loss(self, lprobs, target, reduce):
         return label_smoothed_nll_loss(lprobs, target, self.eps, ignore_index=self.padding_idx, reduce=reduce)

@@ -77,6 +77,15 @@ class WordDistillationCrossEntropyCriterion(FairseqCriterion):
         # Held in a list, so that it is no submodule: its weights are neither trained nor saved.
         self._teacher = _load_teacher(teacher_path, task)
 
+    def check_model(self, model) -> None:
+        """What :meth:`forward` refuses, before the first step.
+
+        Raises:
+            BildError: a model, or its teacher, without a plain softmax.
+        """
+        for one in (model, *self._teacher):
+            _check_softmax(one)
+
     def forward(self, model, sample, reduce=True):
         """One forward pass of each model.
 
@@ -168,10 +177,14 @@ def _without(tokens, padding):
 
 def _logits(model, sample, kept):
     """What a model predicts where ``kept`` (batch, time) is true: float32 (tokens, vocab)."""
-    if model.decoder.adaptive_softmax is not None:
-        raise BildError("--adaptive-softmax-cutoff: a model with it cannot be distilled")
+    _check_softmax(model)
     features, _ = model(**sample["net_input"], features_only=True)  # (batch, time, dim)
     return model.decoder.output_layer(features[kept]).float()
+
+
+def _check_softmax(model):
+    if getattr(model.decoder, "adaptive_softmax", None) is not None:
+        raise BildError("--adaptive-softmax-cutoff: a model with it cannot be distilled")
 
 
 def _load_teacher(path, task):

@@ -76,12 +76,15 @@ def _make(model: nn.Module, precision: str, role: str) -> Engine:
     weight = next(model.parameters())
     try:
         with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+            if precision == "int8":  # rounding of inputs hides much of what a model may compute beside its weights
+                prove(_fastest(model, "float32", role), model, "float32", role)
             engine = _fastest(model, precision, role)
             prove(engine, model, precision, role)
             if weight.dtype in (torch.float16, torch.bfloat16):
                 # Rounding in half precision hides much of what a model may compute beside its weights.
                 exact = copy.deepcopy(model).float()
-                prove(TorchEngine(exact, precision), exact, precision, role)
+                kept = "float32" if precision == "int8" else precision
+                prove(TorchEngine(exact, kept), exact, kept, role)
     except BildError:
         raise
     except Exception as error:  # modules of a user's own may fail in any way

@@ -22,6 +22,7 @@ from fairseq.tasks import FairseqTask
 
 from ..decoding.policies import Policy
 from ..errors import BildError
+from ..plugin.checkpoints import load_large, load_small
 from ..plugin.files import write_atomically
 from ..plugin.light import write_light
 from ..plugin.pair import Pair
@@ -169,7 +170,8 @@ class Alignment:
         """The small model before and after; see :func:`align_report.figures`."""
         options, task = self.options, self.task
         before = self._pair(options.small)
-        pairs = dict(zip(WHEN, (before, before.drafted_by(str(options.out), task)), strict=True))
+        after = Pair(before.large, load_small([str(options.out)], task, before.large[0]))
+        pairs = dict(zip(WHEN, (before, after), strict=True))
         outputs = task_like(task, self._calibration.data)
         outputs.load_dataset("valid")
         agreements = {
@@ -191,8 +193,9 @@ class Alignment:
         return figures(greedy, systems, agreements, self._scorer)
 
     def _pair(self, small: Path) -> Pair:
-        options = self.options
-        return Pair.load(str(options.large), str(small), task=self.task, cuda=options.cuda)
+        """The large model with a small one, which may read fewer tokens: longer sources are left out."""
+        large = load_large([str(self.options.large)], self.task, cuda=self.options.cuda)
+        return Pair(large, load_small([str(small)], self.task, large[0]))
 
     def _load_large(self) -> Run:
         pair = Pair.load(str(self.options.large), task=self.task, alone=True, cuda=self.options.cuda)

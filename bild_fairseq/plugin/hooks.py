@@ -8,6 +8,8 @@ time. It relies on the following, and ``tests/plugin/test_plugin.py`` fails if f
 - the programs call ``options.parse_args_and_arch`` by attribute, and ``FairseqTask.build_generator``;
 - ``checkpoint_utils.load_checkpoint_to_cpu`` is what reads every checkpoint, with ``_upgrade_state_dict``, and
   ``checkpoint_utils.load_model_ensemble_and_task`` what makes models of them;
+- ``Trainer`` is made of a configuration, a task, a model and a criterion before the first step;
+- ``distributed.utils.broadcast_object`` calls ``_broadcast_object_slow`` for all that is no tensor;
 - data sets call ``data_utils.batch_by_size`` by attribute;
 - encoder layers with a fast path decide by their attribute ``can_use_fastpath`` whether to take it.
 """
@@ -26,14 +28,16 @@ from fairseq import checkpoint_utils, options, tasks, utils
 from fairseq.data import data_utils
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.dataclass.initialize import hydra_init
+from fairseq.distributed import utils as distributed_utils
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from fairseq.sequence_generator import SequenceGenerator
 from fairseq.sequence_scorer import SequenceScorer
 from fairseq.tasks import FairseqTask
+from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
 from ..errors import BildError
-from . import batches
+from . import batches, training
 from .checkpoints import allow_fairseq_globals, completing, explaining_building, explaining_reading, file_of
 from .ending import one_line_errors, report_at_exit
 from .files import unreadable
@@ -53,6 +57,8 @@ def install() -> None:
     data_utils.batch_by_size = batches.complete(data_utils.batch_by_size)
     _install_flags()
     _install_generators()
+    Trainer.__init__ = training.checking(Trainer.__init__)
+    distributed_utils._broadcast_object_slow = training.broadcasting(distributed_utils._broadcast_object_slow)
     _switch_off_encoder_fast_path()
     sys.excepthook = one_line_errors(sys.excepthook)
 

@@ -442,18 +442,71 @@ def test_half_precision_training(programs, data, tmp_path):
     assert torch.equal(weight, weight.half().float())
 
 
+@pytest.mark.parametrize(
+    ("arch", "chosen", "message"),
+    [
+        ("transformer_tiny", EARLY_EXIT[:2], "choose --arch early_exit_transformer or"),
+        ("early_exit_transformer_tiny", [*EARLY_EXIT, "--exit-loss-weights", "1,2,3"], "gives 3 weights"),
+        (
+            "early_exit_transformer_tiny",
+            [*EARLY_EXIT, *PRE_NORM, "--exit-freeze-model", "--exit-loss-weights", "0,1"],
+            "leaves nothing to train",
+        ),
+        (
+            "early_exit_transformer_tiny",
+            ["--exit-freeze-model", "--criterion", "label_smoothed_cross_entropy", *PRE_NORM],
+            "choose --criterion early_exit_label_smoothed_cross_entropy",
+        ),
+    ],
+)
+def test_errors_are_told_before_the_first_step(programs, data, tmp_path, arch, chosen, message):
+    """Later, while other threads read the data, they would end in "Aborted"."""
+    arguments = arguments_of(data, tmp_path, arch, *chosen, "--optimizer", "adam", "--max-update", 1)
+    run = programs("train", *arguments, "--num-workers", 2, status=1)
+    assert message in run.error()
+    assert "begin training" not in run.out + run.err
+
+
+def test_exits_that_learn_nothing_are_warned_of_once(programs, data, tmp_path):
+    stock = ["--criterion", "label_smoothed_cross_entropy", "--report-accuracy"]
+    steps = ["--optimizer", "adam", "--max-update", 2, "--no-save", "--disable-validation"]
+    for chosen, warnings in ((stock, 1), ([*EARLY_EXIT, "--report-accuracy"], 0)):
+        run = programs("train", *arguments_of(data, tmp_path, "early_exit_transformer_tiny", *chosen, *steps))
+        assert (run.out + run.err).count("the exits (1) learn nothing of their own") == warnings
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def on_two_gloo_workers(programs, *arguments):
+    """`fairseq-train` itself, in two processes."""
+    gloo = "--distributed-world-size 2 --distributed-no-spawn --distributed-backend gloo"
+    gloo += f" --distributed-init-method tcp://localhost:{free_port()} --ddp-backend legacy_ddp"
+    work = "sys.argv = ['fairseq-train', *sys.argv, str(rank)]; import fairseq_cli.train as t; t.cli_main()"
+    on_two_workers(programs, work, *arguments, *gloo.split(), "--distributed-rank")
+
+
+def test_two_processes_load_what_one_has_saved(programs, data, tmp_path):
+    """To go on with a training, and to begin one from a model; the second process is sent what the first has read."""
+    chosen = ["early_exit_transformer_tiny", *EARLY_EXIT, "--optimizer", "adam", "--lr", 0.001]
+    train(programs, data, tmp_path / "one", *chosen, "--max-update", 2)
+    first = tmp_path / "one/checkpoint_last.pt"
+    for flag in ("--restore-file", "--finetune-from-model"):
+        folder = tmp_path / flag
+        last = 3 if flag == "--restore-file" else 1
+        on_two_gloo_workers(programs, *arguments_of(data, folder, *chosen, "--max-update", last, flag, first))
+        state = checkpoint_utils.load_checkpoint_to_cpu(str(folder / "checkpoint_last.pt"))
+        assert state["optimizer_history"][-1]["num_updates"] == last
+
+
 def test_two_processes_train_as_one_that_takes_two_batches_a_step(programs, data, tmp_path):
     """`fairseq-train` itself over gloo, and --update-freq, with the same batches in each step."""
     steps = ["--optimizer", "sgd", "--lr", 0.1, "--max-update", 3]
     chosen = ["early_exit_transformer_tiny", *EARLY_EXIT, "--exit-loss-weights", "2,1", *steps]
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    gloo = "--distributed-world-size 2 --distributed-no-spawn --distributed-backend gloo"
-    gloo += f" --distributed-init-method tcp://localhost:{port} --ddp-backend legacy_ddp"
-    arguments = arguments_of(data, tmp_path / "two", *chosen, *gloo.split(), "--distributed-rank")
-    work = "sys.argv = ['fairseq-train', *sys.argv, str(rank)]; import fairseq_cli.train as t; t.cli_main()"
-    on_two_workers(programs, work, *arguments)
+    on_two_gloo_workers(programs, *arguments_of(data, tmp_path / "two", *chosen))
     train(programs, data, tmp_path / "one", *chosen, "--update-freq", 2)
     one, two = (
         checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / name / "checkpoint_last.pt")) for name in ("one", "two")

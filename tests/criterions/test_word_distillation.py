@@ -198,7 +198,7 @@ def test_what_cannot_be_used_is_refused(setting, corpus, tmp_path):
         setting.criterion()
     setting.path = str(tmp_path / "text.pt")
     (tmp_path / "text.pt").write_text("no checkpoint")
-    with pytest.raises(BildError, match="cannot load this checkpoint"):
+    with pytest.raises(BildError, match="damaged, or no checkpoint"):
         setting.criterion()
     setting.path = str(corpus.large)
     setting.task = support.task()

@@ -222,6 +222,15 @@ def test_flags_after_the_dashes_win(aligner):
         aligner(max_tokens=6, train_flags=["--max-update", "3"])
 
 
+def test_sources_that_the_small_model_cannot_read_are_left_out(fresh, corpus, tmp_path):
+    small = corpus.checkpoint(tmp_path / "short" / "model.pt", max_source_positions=6)
+    fresh.interrupt_training = True
+    with pytest.raises(KeyboardInterrupt):
+        fresh(small=small)
+    assert re.search("train: [1-9][0-9]* sources have more than 6 tokens and are left out", "\n".join(fresh.said))
+    assert max(len(source) for source, _ in calibration_set(fresh, "train")) == 6
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -15,7 +15,9 @@ from cli_support import SENTENCES, STOCK, USER_DIR
 from fairseq import checkpoint_utils, options, tasks
 from fairseq.data import data_utils
 from fairseq.dataclass.configs import FairseqConfig
+from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import FairseqTask
+from fairseq.trainer import Trainer
 from hydra.core.config_store import ConfigStore
 
 from bild_fairseq.plugin.flags import BildGenerationConfig
@@ -132,6 +134,16 @@ assert parameters == [
 ], parameters
 assert "data_utils.batch_by_size(" in inspect.getsource(FairseqDataset.batch_by_size)
 """
+TRAINING = """
+import inspect
+from fairseq.distributed import utils
+from fairseq.trainer import Trainer
+
+assert list(inspect.signature(Trainer.__init__).parameters)[:5] == ["self", "cfg", "task", "model", "criterion"]
+parameters = list(inspect.signature(utils._broadcast_object_slow).parameters)
+assert parameters == ["obj", "src_rank", "group", "dist_device"], parameters
+assert "_broadcast_object_slow(obj, src_rank, group, dist_device)" in inspect.getsource(utils.broadcast_object)
+"""
 NO_PLUGIN = """
 import sys
 assert "bild_fairseq" not in sys.modules
@@ -140,7 +152,7 @@ assert "bild_fairseq" not in sys.modules
 
 @pytest.mark.parametrize(
     "code",
-    [GENERATION_FLAGS, PARSING, LOADING, MAKING, FAST_PATH, BUILDING, BATCHES],
+    [GENERATION_FLAGS, PARSING, LOADING, MAKING, FAST_PATH, BUILDING, BATCHES, TRAINING],
     ids=[
         "the flags' dataclass",
         "the parser",
@@ -149,6 +161,7 @@ assert "bild_fairseq" not in sys.modules
         "the encoder's fast path",
         "build_generator",
         "batches",
+        "training",
     ],
 )
 def test_fairseq_is_as_the_plugin_expects(corpus, code):
@@ -164,6 +177,8 @@ def replaced():
         checkpoint_utils._upgrade_state_dict,
         checkpoint_utils.load_model_ensemble_and_task,
         data_utils.batch_by_size,
+        Trainer.__init__,
+        distributed_utils._broadcast_object_slow,
         FairseqTask.build_generator,
         *(task.build_generator for task in tasks.TASK_REGISTRY.values()),
         generation.default,
@@ -180,7 +195,7 @@ def test_installing_twice_changes_nothing():
 
 
 REACHES = re.compile(
-    r"^\s*(?:fairseq|checkpoint_utils|data_utils|distributed_utils|options|tasks|task|utils|FairseqTask|FairseqConfig"
+    r"^\s*(?:fairseq|checkpoint_utils|data_utils|distributed_utils|options|tasks|task|utils|FairseqTask|Trainer|FairseqConfig"
     r"|Transformer\w+)(?:\.\w+)+ = ",
     re.MULTILINE,
 )
