@@ -51,12 +51,18 @@ def total(counters: Iterable[Counters]) -> Counters:
     return result
 
 
-def summary(sentences: int, counters: Counters) -> str:
-    """A few lines for the terminal."""
+def summary(sentences: int, counters: Counters, model: str = "large model") -> str:
+    """A few lines for the terminal.
+
+    Args:
+        sentences: how many were generated.
+        counters: their sum.
+        model: what to call the model that is not the small one; an exit may decode alone.
+    """
     rates = counters.rates()
     lines = [
         f"{sentences} sentences, {counters.tokens} tokens",
-        f"large model: {counters.large_calls} calls, "
+        f"{model}: {counters.large_calls} calls, "
         f"mean accepted length {rates['mean_accepted_length']:.2f} tokens per call",
     ]
     if counters.small_calls:

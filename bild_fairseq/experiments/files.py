@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 from ..errors import BildError
+from ..plugin.files import unwritable
 
 
 def try_file(flag: str, path: str | os.PathLike | None) -> None:
-    """Makes sure that a file can be written where a flag says, without leaving anything there.
+    """Makes sure that a file can be written where a flag says. Nothing is written.
 
     Args:
         flag: that names the file, for the message.
@@ -20,15 +20,9 @@ def try_file(flag: str, path: str | os.PathLike | None) -> None:
     Raises:
         BildError: it is a folder, its folder does not exist, or nothing can be written there.
     """
-    if path is None:
-        return
-    file = Path(path)
-    if file.is_dir():
-        raise BildError(f"{flag} {path}: cannot write there, that is a folder; name a file")
-    if not file.resolve().parent.is_dir():
-        raise BildError(f"{flag} {path}: cannot write there; name a file in a folder that exists")
-    if file.is_file() or not file.exists():  # a device or a pipe is written to as it is
-        _try_writing(flag, path, file.resolve().parent)
+    reason = None if path is None else unwritable(path)
+    if reason:
+        raise BildError(f"{flag} {path}: cannot write there: {reason}")
 
 
 def try_folder(flag: str, path: str | os.PathLike) -> None:
@@ -37,16 +31,9 @@ def try_folder(flag: str, path: str | os.PathLike) -> None:
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
-        raise BildError(f"{flag} {path}: cannot write there, {folder} is a file; name a folder")
-    _try_writing(flag, path, folder)
-
-
-def _try_writing(flag: str, path: str | os.PathLike, folder: Path) -> None:
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise BildError(f"{flag} {path}: cannot write there: {error.strerror}") from error
+        raise BildError(f"{flag} {path}: cannot write there: {folder} is a file; name a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BildError(f"{flag} {path}: cannot write there: Permission denied")
 
 
 def file_digest(path: str | os.PathLike) -> str:

@@ -129,7 +129,9 @@ class BildGenerator:
 
     def summary(self) -> str:
         """A readable account of all sentences generated so far."""
-        return summary(self._sentences, self.counters())
+        alone = self.pair.alone and self.pair.exit_layer is not None
+        model = f"exit {self.pair.exit_layer}" if alone else "large model"
+        return summary(self._sentences, self.counters(), model)
 
     def stats(self) -> dict[str, Any]:
         """What ``--bild-stats`` writes: ``{"summary": {..}, "sentences": [{"id": .., ..}, ..]}``.

@@ -7,9 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import Rules
-from support import generator, pair, sample, source
+from support import generator, model, pair, sample, source, symbols
 
 from bild_fairseq.decoding.counters import Counters, summary, total
+from bild_fairseq.decoding.policies import Policy
+from bild_fairseq.plugin.generator import BildGenerator
+from bild_fairseq.plugin.pair import Pair
 
 NAMES = {
     "tokens",
@@ -78,6 +81,14 @@ def test_summary_names_every_counter():
 
 def test_summary_of_one_model_says_nothing_of_a_small_one():
     assert "small" not in summary(2, Counters(tokens=9, large_calls=9))
+
+
+def test_an_exit_that_decodes_alone_is_called_an_exit():
+    exits = model(0, arch="early_exit_transformer", exit_layers="1")
+    for layer, name in ((1, "exit 1: "), (None, "large model: ")):
+        made = BildGenerator(Pair([exits], exit_layer=layer, alone=True), symbols(), Policy())
+        made.generate([], sample([source([1, 2])]))
+        assert made.summary().splitlines()[1].startswith(name)
 
 
 @pytest.mark.parametrize("file", ["stats.json", None])

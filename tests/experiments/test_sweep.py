@@ -1,22 +1,21 @@
-"""scripts/sweep.py: a grid end to end, going on after an interruption, scores, bad input."""
+"""scripts/sweep.py: a grid end to end, going on after an interruption, bad input."""
 
+import contextlib
 import csv
 import json
 import math
-import random
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import sacrebleu
-import support
 from cli_support import Corpus
-from script_support import SCRIPTS, MemoryTask, refused, run_script
+from script_support import refused, run_script
 
-from bild_fairseq.errors import BildError
-from bild_fairseq.experiments.scoring import ScoreOptions, Scorer, quality_change
-from bild_fairseq.experiments.settings import parse_drafts, parse_policy, parse_rollbacks
+from bild_fairseq.decoding.policies import Policy
+from bild_fairseq.experiments.data import load_subset, make_batches, make_task
+from bild_fairseq.experiments.scoring import ScoreOptions, Scorer
+from bild_fairseq.experiments.sweep import Results, measure_all, settings_of
+from bild_fairseq.plugin.generator import SearchOptions
+from bild_fairseq.plugin.pair import Pair
 
 
 def arguments(corpus: Corpus, out: Path, *more: object) -> list[object]:
@@ -89,28 +88,51 @@ def test_early_exit_next_to_two_models(corpus, tmp_path):
     assert len(lossless) == 2 and all(row["differ_from_greedy"] == 0 for row in lossless)
 
 
+class Bar:
+    """Counts, and stops the work like Ctrl-C once it has counted far enough."""
+
+    def __init__(self, end: float = math.inf):
+        self.n, self._end, self.lines = 0, end, []
+
+    def update(self, count: int) -> None:
+        self.n += count
+        if self.n >= self._end:
+            raise KeyboardInterrupt
+
+    def set_description(self, text: str) -> None:
+        pass
+
+    def write(self, line: str) -> None:
+        self.lines.append(line)
+
+
 def test_goes_on_where_it_was_interrupted(corpus, tmp_path):
     """What is measured stays as it is, byte for byte; a wider grid adds its settings only."""
-    out = tmp_path / "sweep"
-    code = (
-        "import runpy, sys; from bild_fairseq.experiments import timing as common\n"
-        "measure, calls = common.measure, []\n"
-        "def interrupted(*args, **kwargs):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) > 3: raise KeyboardInterrupt\n"
-        "    return measure(*args, **kwargs)\n"
-        "common.measure = interrupted\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    stopped = corpus.programs("python", code, SCRIPTS / "sweep.py", *arguments(corpus, out, *GRID), status=1)
-    assert stopped.err.splitlines()[-1].startswith("sweep: interrupted")
-    first = rows_of(out)
-    assert len(first) == 3
-    again = run_script(corpus, "sweep", *arguments(corpus, out, *GRID))
-    assert rows_of(out)[:3] == first and len(rows_of(out)) == 6
-    assert "3 measured now" in again.out
-    wider = [*GRID[:1], "0.3,0.6,0.9", *GRID[2:]]
-    assert "2 measured now" in run_script(corpus, "sweep", *arguments(corpus, out, *wider)).out
+    task = make_task(corpus.data)
+    load_subset(task, "valid")
+    pairs = {"tiny": Pair.load(str(corpus.large), str(corpus.small), task=task)}
+    batches = make_batches(task.dataset("valid"), range(4), 1)
+    scorer = Scorer(task, "valid", range(4), ScoreOptions(bpe="none"))
+
+    def go_on(grid: list[tuple[str, Policy]], bar: Bar) -> list[dict]:
+        results = Results(tmp_path, {"models": {}})
+        before = list(results.rows)
+        groups = [
+            (pair, [setting for setting in settings if not results.has(setting)])
+            for pair, settings in settings_of(pairs, str(corpus.large), grid, fairseq=False)
+        ]
+        with contextlib.suppress(KeyboardInterrupt):
+            measure_all(groups, results, task, SearchOptions(max_len_b=12), batches, scorer, bar, cuda=False, warmup=0)
+        assert rows_of(tmp_path) == results.rows and results.rows[: len(before)] == before
+        return results.rows
+
+    grid = [("bild", Policy(fallback, 0.0, 4, verify_end=True)) for fallback in (0.3, 0.9)]
+    assert len(go_on(grid, Bar(end=3 * len(batches)))) == 2, "the third is measured, and interrupted before it counts"
+    bar = Bar()
+    assert len(go_on(grid, bar)) == 4 and bar.n == 2 * len(batches) and len(bar.lines) == 2
+    bar = Bar()
+    assert len(go_on([*grid, ("bild", Policy(0.6, 1.0, 4))], bar)) == 5 and bar.n == len(batches)
+    assert len(go_on(grid, Bar(end=0))) == 5, "nothing is left to be done"
 
 
 def test_other_data_or_models_are_noticed(corpus, tmp_path):
@@ -134,7 +156,7 @@ def test_other_data_or_models_are_noticed(corpus, tmp_path):
         (["--sentences", "0"], "--sentences 0: must be 1 or more"),
         (["--subset", "dev"], "cannot load dev"),
         (["--large", "missing.pt"], "--large missing.pt: no such file"),
-        (["--small", "tiny=other.pt"], "other.pt"),
+        (["--small", "other=other.pt"], "other.pt"),
         (["--reference", "missing.txt"], "--reference missing.txt"),
         (["--early-exit", "LARGE"], "the model has no exits"),
     ],
@@ -148,82 +170,3 @@ def test_results_of_something_else_are_left_alone(corpus, tmp_path):
     (tmp_path / "results.json").write_text("[]")
     assert "holds no results of a sweep" in refused(corpus, "sweep", *arguments(corpus, tmp_path))
     assert (tmp_path / "results.json").read_text() == "[]"
-
-
-def scorer(references: list[str], **options: object) -> Any:
-    """A scorer for references in words of the dictionary."""
-    words = support.symbols()
-    targets = [[*(words.index(word) for word in line.split()), words.eos()] for line in references]
-    chosen = ScoreOptions(**{"bpe": "none", **options})
-    return Scorer(MemoryTask(targets, targets), "valid", range(len(targets)), chosen)
-
-
-def sentences(dice: random.Random, count: int, near: list[str] | None = None) -> list[str]:
-    """Sentences at random, or like others with some words changed."""
-    if near is None:
-        return [" ".join(f"w{dice.randrange(20)}" for _ in range(dice.randint(1, 12))) for _ in range(count)]
-    return [" ".join(f"w{dice.randrange(20)}" if dice.random() < 0.3 else w for w in line.split()) for line in near]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_statistics_add_up_to_the_corpus_score(seed):
-    """Summed statistics give sacrebleu's corpus score: short corpora without long matches, and none at all, too."""
-    dice = random.Random(seed)
-    references = sentences(dice, 8)
-    outputs = sentences(dice, 8, near=references)
-    words = support.symbols()
-    tokens = {i: [words.index(word) for word in line.split()] for i, line in enumerate(outputs)}
-    scores = scorer(references)
-    statistics = scores.statistics(tokens)
-    for chosen in ([0], [1, 2], list(range(8)), [3, 3, 3, 5]):
-        metric = sacrebleu.BLEU(tokenize="none", force=True)
-        wanted = metric.corpus_score([outputs[i] for i in chosen], [[references[i] for i in chosen]]).score
-        assert scores.from_statistics(statistics[chosen].sum(axis=0)) == pytest.approx(wanted, abs=1e-9)
-    assert scores.score(tokens) == pytest.approx(float(scores.from_statistics(statistics.sum(axis=0))))
-    assert scores.from_statistics(np.array([4.0, 4, 0, 0, 0, 0, 4, 3, 2, 1])) == 0
-
-
-def test_rouge_is_the_mean_over_sentences():
-    pytest.importorskip("rouge_score")
-    scores = scorer(["w1 w2 w3 w4", "w5 w6"], metric="rougeL")
-    words = support.symbols()
-    tokens = {0: [words.index(w) for w in ("w1", "w2", "w3", "w4")], 1: [words.index("w7")]}
-    assert scores.score(tokens) == pytest.approx(50)
-
-
-def test_rouge_without_its_package_is_explained(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(BildError, match="pip install rouge-score"):
-        scorer(["w1"], metric="rougeLsum")
-
-
-def test_change_of_quality_is_paired():
-    """Equal outputs differ by nothing in every resample, however different the sentences are."""
-    dice = random.Random(3)
-    references = sentences(dice, 20)
-    words = support.symbols()
-    outputs = {i: [words.index(w) for w in line.split()] for i, line in enumerate(sentences(dice, 20, references))}
-    scores = scorer(references)
-    statistics = scores.statistics(outputs)
-    assert quality_change(scores, statistics, statistics) == (0, 0, 0)
-    better = scores.statistics({i: [words.index(w) for w in line.split()] for i, line in enumerate(references)})
-    change, low, high = quality_change(scores, better, statistics)
-    assert 0 < low < change < high
-
-
-def test_thresholds_are_read_as_meant():
-    policy = parse_policy("0.4,inf,end", 7)
-    assert (policy.fallback_threshold, policy.rollback_threshold, policy.max_draft) == (0.4, math.inf, 7)
-    assert policy.verify_end and not parse_policy("0,0", 7).verify_end
-    assert parse_rollbacks("4,inf,1,4") == [1, 4, math.inf]
-    for bad, message in (
-        ("0.4", "write FALLBACK,ROLLBACK"),
-        ("0.4,2,start", "write FALLBACK,ROLLBACK"),
-        ("nan,2", "fallback threshold 'nan'"),
-        ("0.4,-1", "rollback threshold '-1': must be a number of nats"),
-        ("0.4,x", "rollback threshold 'x'"),
-    ):
-        with pytest.raises(BildError, match=message):
-            parse_policy(bad, 7)
-    with pytest.raises(BildError, match="draft length '0': must be a number of tokens, 1 or more"):
-        parse_drafts("5,0")

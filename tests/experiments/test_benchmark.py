@@ -1,0 +1,109 @@
+"""scripts/benchmark.py and its modules: every system is measured, tables and pictures come out, bad input."""
+
+import json
+import sys
+from collections.abc import Sequence
+
+import pytest
+from cli_support import Corpus
+from script_support import refused, run_script
+
+from bild_fairseq.errors import BildError
+from bild_fairseq.experiments import figures
+from bild_fairseq.experiments.systems import System
+
+
+def arguments(corpus: Corpus, *more: object) -> list[object]:
+    limits = ["--threads", 1, "--max-len-b", 12, "--bpe", "none", "--sentences", 6]
+    return [corpus.data, "--large", corpus.large, *limits, *more]
+
+
+def test_every_system_is_measured(corpus, tmp_path):
+    """Systems that must write the same text do, each is a row of the table, and files and pictures are written."""
+    exits = corpus.checkpoint(
+        tmp_path / "exits.pt", arch="early_exit_transformer_tiny", exit_layers="1", decoder_layers=2
+    )
+    figures_file, picture = tmp_path / "figures.json", tmp_path / "latency.svg"
+    models = ["--small", corpus.small, "--early-exit", exits, "--bild", "0.6,2", "--bild", "0.3,1,end"]
+    more = ["--precision", "float32,float32+int8", "--floor", "--json", figures_file, "--plot", picture]
+    run = run_script(corpus, "benchmark", *arguments(corpus, *models, *more))
+    rows = {row["system"]: row for row in json.loads(figures_file.read_text())["rows"]}
+    both = ["bild (0.6,2)", "bild (0.3,1,end)", "bild lossless"]
+    assert list(rows) == [
+        *("fairseq --beam 1", "fairseq --beam 5", "greedy", "small alone"),
+        *(name for one in both for name in (one, f"{one} float32+int8")),
+        *("early-exit model, full depth", "exit 1 lossless", "exit 1 alone", "exit 1 (0.6,2)", "exit 1 (0.3,1,end)"),
+    ]
+    table = run.out.splitlines()
+    assert [line.split("|")[1].strip() for line in table if line.startswith("| ")][2:] == list(rows)
+    for name in ("fairseq --beam 1", "bild lossless", "bild lossless float32+int8"):
+        assert rows[name]["differ_from_greedy"] == 0 and rows[name]["bleu"] == rows["greedy"]["bleu"]
+    full, exact = rows["early-exit model, full depth"], rows["exit 1 lossless"]
+    assert full["tokens"] == exact["tokens"] and full["bleu"] == exact["bleu"]
+    for name, row in rows.items():
+        assert row["ms_per_sentence_median"] <= row["ms_per_sentence_p90"]
+        assert (row.get("wall_over_floor", 1) >= 1) and ("wall_over_floor" in row) == (not name.startswith("fairseq"))
+    assert picture.read_text().lstrip().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--early-exit", "LARGE"], "LARGE: the model has no exits"),
+        (["--systems", "greedy,bild"], "--systems bild: unknown, or its model was not given"),
+        (["--precision", "float32,int4"], "--precision int4: choose from"),
+        (["--bild", "0.6"], "write FALLBACK,ROLLBACK"),
+        (["--lossless-fallback", "1.5"], "fallback threshold '1.5'"),
+        (["--plot", "missing/picture.png"], "--plot missing/picture.png: cannot write there"),
+        (["--plot", "picture.xyz"], "--plot picture.xyz: no format of pictures is called xyz"),
+        (["--json", "."], "--json .: cannot write there"),
+        (["--max-draft", "0"], "--max-draft 0: must be 1 or more"),
+        (["--large", "DATA/dict.x.txt"], "DATA/dict.x.txt: "),
+    ],
+)
+def test_bad_input_gets_one_line_before_anything_is_measured(corpus, more, message):
+    def filled(text: str) -> str:
+        return text.replace("LARGE", str(corpus.large)).replace("DATA", str(corpus.data))
+
+    assert filled(message) in refused(corpus, "benchmark", *arguments(corpus, *map(filled, more)))
+
+
+def test_a_model_with_another_dictionary_gets_one_line(corpus, tmp_path):
+    """Both as the large model and as the small one."""
+    task = corpus.task()
+    task.tgt_dict.add_symbol("new")
+    other = corpus.checkpoint(tmp_path / "other.pt", task)
+    assert "other.pt: " in refused(corpus, "benchmark", *arguments(corpus, "--large", other))
+    assert "other.pt: " in refused(corpus, "benchmark", *arguments(corpus, "--small", other))
+
+
+def test_a_plot_without_matplotlib_is_explained(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(BildError, match="--plot a.png: needs the package matplotlib: pip install matplotlib"):
+        figures.check_plot("a.png")
+
+
+def system(name: str, seconds: Sequence[float], output: list[int]) -> System:
+    """A system that has been measured on batches of one sentence."""
+    outputs = {i: output for i in range(len(seconds))}
+    return System(name, run=lambda batch: [], seconds=list(seconds), outputs=outputs)
+
+
+def test_speedups_are_ratios_of_total_times():
+    batches = [{"id": [i]} for i in range(4)]
+    systems = [system("greedy", [0.2, 0.4, 0.2, 0.4], [5, 6, 2]), system("bild (1,1)", [0.1, 0.2, 0.1, 0.2], [5, 2])]
+    greedy, bild = figures.rows_of(systems, [30.0, 29.0], "bleu", batches)
+    assert greedy["speedup_over_greedy"] == pytest.approx((1, 1, 1))
+    assert bild["speedup_over_greedy"] == pytest.approx((2, 2, 2))
+    assert bild["differ_from_greedy"] == 4 and greedy["differ_from_greedy"] == 0
+    assert bild["ms_per_token"] == pytest.approx(75)
+    assert bild["tokens_per_second"] == pytest.approx(8 / 0.6)
+
+
+def test_the_line_through_points_is_that_of_their_medians():
+    """Every point is in one group, and one that took very long does not move the line."""
+    lengths = list(range(1, 25))
+    x, y = figures.medians(lengths, [10.0 * length for length in lengths])
+    assert x == [2, 5, 8, 11, 14, 17, 20, 23] and y == [10 * one for one in x]
+    assert figures.medians(lengths, [10.0 * length + 1e6 * (length == 9) for length in lengths])[1] == y
+    assert figures.medians([3, 1], [30.0, 10.0]) == ([1, 3], [10.0, 30.0])
