@@ -27,7 +27,7 @@ class Outcome:
     highest_fallback: float = -math.inf  # the fallback threshold is above it: the surest prediction that fell back
     lowest_draft: float = math.inf  # and not above it: the least sure prediction that did not
     highest_accepted: float = 0.0  # nats; the rollback threshold is not below it
-    lowest_rejected: float = math.inf  # nats; and below it
+    lowest_rejected: float | None = None  # nats; and below it; None: nothing was rejected
     longest_draft: float = 1  # predictions in a row; no fewer are allowed
     full_draft: float = math.inf  # and no more than this
 
@@ -35,7 +35,8 @@ class Outcome:
         """Whether this is what becomes of the sentence under a policy."""
         return (
             self.highest_fallback < policy.fallback_threshold <= self.lowest_draft
-            and self.highest_accepted <= policy.rollback_threshold < self.lowest_rejected
+            and self.highest_accepted <= policy.rollback_threshold
+            and (self.lowest_rejected is None or policy.rollback_threshold < self.lowest_rejected)
             and self.longest_draft <= policy.max_draft <= self.full_draft
             and policy.verify_end in self.ends
             and policy.start_small == self.start_small
@@ -61,10 +62,11 @@ class Outcome:
             verdict = path[number].verdict
             if verdict.token == token:
                 continue  # accepted under every threshold
+            nats = -verdict.drafted_lprob
             if number < one.accepted:
-                self.highest_accepted = max(self.highest_accepted, -verdict.drafted_lprob)
+                self.highest_accepted = max(self.highest_accepted, nats)
             else:
-                self.lowest_rejected = min(self.lowest_rejected, -verdict.drafted_lprob)
+                self.lowest_rejected = nats if self.lowest_rejected is None else min(self.lowest_rejected, nats)
 
 
 def outcome_of(sentence: Sentence, root: Node, policy: Policy, eos: int) -> Outcome:
@@ -79,10 +81,13 @@ def outcome_of(sentence: Sentence, root: Node, policy: Policy, eos: int) -> Outc
     rounds, missing = sentence.rounds, sentence.failed is not None
     outcome = Outcome(sentence.tokens[1:], sentence.counters, missing, policy.start_small)
     if missing:
-        # What ``decode`` ended the sentence with is not part of it. Nothing that was drafted last has been rejected.
+        # What ``decode`` ended the sentence with is not part of it.
         outcome.tokens.pop()
         drafted = rounds[-1].drafted[:-1]
-        rounds = [*rounds[:-1], dataclasses.replace(rounds[-1], drafted=drafted, accepted=len(drafted), verified=True)]
+        # A full draft was verified up to the prediction that is missing; the small model lacks it in a shorter one.
+        verified = len(drafted) >= policy.max_draft
+        last = dataclasses.replace(rounds[-1], drafted=drafted, accepted=len(drafted), verified=verified)
+        rounds = [*rounds[:-1], last]
     node: Node | None = root
     for one in rounds:
         path = [node]
