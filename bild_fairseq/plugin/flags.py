@@ -240,6 +240,7 @@ def _check_ranges(args: Any) -> None:
     require("bild_max_draft", option(args, "bild_max_draft") >= 1, "1 or more")
     exit_layer = option(args, "bild_exit_layer")
     require("bild_exit_layer", exit_layer is None or exit_layer >= 1, "1 or more")
+    require("max_len_a", math.isfinite(option(args, "max_len_a")), "a finite number")
     require("temperature", 0 < option(args, "temperature") < math.inf, "above 0")
     if not option(args, "max_len_a") and not option(args, "match_source_len"):
         longest = option(args, "max_len_b")

@@ -202,7 +202,9 @@ class BildGenerator:
     def _hypothesis(self, sentence: Sentence, source_length: int | None) -> dict[str, Any]:
         score = sum(sentence.scores)
         if self.options.normalize_scores:
-            score /= sentence.generated**self.options.len_penalty
+            # In torch, where a power that is too large or too small is inf or 0 and no error.
+            length = torch.tensor(sentence.generated, dtype=torch.float64)
+            score = float(score / length**self.options.len_penalty)
         if source_length is not None and sentence.generated - 1 > source_length:
             score = -torch.inf
         return {
