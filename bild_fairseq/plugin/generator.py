@@ -101,8 +101,7 @@ class BildGenerator:
 
         Returns:
             for each sentence a list of one hypothesis: ``tokens`` (length,), ``score``, ``positional_scores``
-            (length,) in nats, ``steps`` (large-model calls), ``counters``, ``rounds``, and what fairseq's programs
-            expect.
+            (length,) in nats, ``steps`` (large-model calls), ``counters``, and what fairseq's programs expect.
 
         Raises:
             BildError: lexical constraints, or a minimum length above the maximum.
@@ -161,7 +160,8 @@ class BildGenerator:
             lengths = self._source_lengths(net_input).tolist()
             max_len = max(lengths)
         else:
-            max_len = min(int(options.max_len_a * width + options.max_len_b), self.pair.max_positions - 1)
+            wanted = options.max_len_a * width + options.max_len_b  # any number, perhaps infinite
+            max_len = int(max(-1, min(wanted, self.pair.max_positions - 1)))
         if options.min_len > max_len:
             raise BildError(f"--min-len {options.min_len} is above the maximum length, {max_len}; lower it")
         limits = Constraints(
@@ -202,9 +202,9 @@ class BildGenerator:
     def _hypothesis(self, sentence: Sentence, source_length: int | None) -> dict[str, Any]:
         score = sum(sentence.scores)
         if self.options.normalize_scores:
-            # In torch, where a power that is too large or too small is inf or 0 and no error.
+            # With torch's numbers a penalty without bounds gives 0 or infinity, as in fairseq, and no error.
             length = torch.tensor(sentence.generated, dtype=torch.float64)
-            score = float(score / length**self.options.len_penalty)
+            score = float(torch.tensor(score, dtype=torch.float64) / length**self.options.len_penalty)
         if source_length is not None and sentence.generated - 1 > source_length:
             score = -torch.inf
         return {
@@ -215,5 +215,4 @@ class BildGenerator:
             "positional_scores": torch.tensor(sentence.scores),
             "steps": sentence.counters.large_calls,
             "counters": sentence.counters,
-            "rounds": sentence.rounds,
         }

@@ -175,7 +175,9 @@ def _choosing(build: Callable[..., Any]) -> Callable[..., Any]:
         check(args)
         if str(option(args, "generator")) == "beam" or option(args, "score_reference"):
             return build(self, models, args, seq_gen_cls, extra_gen_cls_kwargs, prefix_allowed_tokens_fn)
-        if seq_gen_cls is not None or prefix_allowed_tokens_fn is not None:
+        # fairseq reads this one from either.
+        allowed = prefix_allowed_tokens_fn or getattr(args, "prefix_allowed_tokens_fn", None)
+        if seq_gen_cls is not None or allowed is not None:
             raise BildError(f"{type(self).__name__} asks for a search that --generator {args.generator} lacks")
         return _build(self, models, args, extra_gen_cls_kwargs or {})
 
