@@ -101,7 +101,8 @@ class BildGenerator:
 
         Returns:
             for each sentence a list of one hypothesis: ``tokens`` (length,), ``score``, ``positional_scores``
-            (length,) in nats, ``steps`` (large-model calls), ``counters``, and what fairseq's programs expect.
+            (length,) in nats, ``steps`` (large-model calls), ``counters``, ``rounds``, and what fairseq's programs
+            expect.
 
         Raises:
             BildError: lexical constraints, or a minimum length above the maximum.
@@ -215,4 +216,5 @@ class BildGenerator:
             "positional_scores": torch.tensor(sentence.scores),
             "steps": sentence.counters.large_calls,
             "counters": sentence.counters,
+            "rounds": sentence.rounds,
         }
