@@ -1,26 +1,26 @@
-"""scripts/calibrate.py: walks are BiLD, costs are found again, the bound holds, end to end."""
+"""calibrate: walks over recorded predictions are BiLD, costs are found again, the bound holds, end to end."""
 
 import json
 import math
 import random
-from argparse import Namespace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import support
-from bild_fairseq.experiments.methods import Method
 from cli_support import Corpus
 from hypothesis import given
 from hypothesis import strategies as st
-from script_support import MemoryTask, refused, run_script, script
+from script_support import MemoryTask, refused, run_script
 
 from bild_fairseq.decoding.counters import Counters
-from bild_fairseq.decoding.decode import Policy
-from bild_fairseq.experiments import recorded as simulate
-
-calibrate = script("calibrate")
+from bild_fairseq.decoding.policies import Policy
+from bild_fairseq.experiments import calibrate
+from bild_fairseq.experiments.costs import CostModel, features
+from bild_fairseq.experiments.outcomes import outcome_of
+from bild_fairseq.experiments.recorded import dump, missing, restore, walk
+from bild_fairseq.experiments.recorder import Recorder
+from bild_fairseq.plugin.generator import BildGenerator, SearchOptions
+from bild_fairseq.plugin.pair import Pair
 
 EOS = support.symbols().eos()
 
@@ -30,34 +30,31 @@ def sources(seed: int) -> list[list[int]]:
     return [support.source(dice.choices(range(support.WORDS), k=dice.randint(0, 7))) for _ in range(5)]
 
 
-def recorder(method: Any, rows: list[list[int]], **options: object) -> Any:
-    """A recorder of a method over sentences in memory, with greedy outputs recorded."""
-    defaults = {"subset": "valid", "cuda": False, "max_len_a": 0.0, "max_len_b": 12, "min_len": 1}
-    args = Namespace(**{**defaults, "no_repeat_ngram_size": 0, **options})
-    made = simulate.Recorder(MemoryTask(rows, rows), method, args, range(len(rows)), batch_size=3)
+def recorder(pair: Pair, rows: list[list[int]], search: SearchOptions) -> Recorder:
+    """A recorder of a pair over sentences in memory, with greedy outputs recorded."""
+    made = Recorder(MemoryTask(rows, rows), "valid", pair, search, range(len(rows)), batch_size=3)
     made.record_greedy()
     return made
 
 
-def walk_all(made: Any, policy: Policy) -> list[tuple[list[int], Counters]]:
+def walk_all(made: Recorder, policy: Policy) -> list[tuple[list[int], Counters]]:
     """Walks every sentence, recording what is missing, in as many passes as that takes."""
-    results: dict[int, tuple[list[int], Counters]] = {}
-    while len(results) < len(made.roots):
-        missing = []
-        for i, root in made.roots.items():
-            try:
-                results[i] = simulate.walk(root, policy, EOS)
-            except simulate.Missing as place:
-                missing.append((i, place.tokens))
-        made.extend(missing, Policy(0.5, 2.0, 5))
-    return [results[i] for i in range(len(results))]
+    while True:
+        sentences = walk([made.roots[i] for i in range(len(made.roots))], policy, EOS)
+        unknown = [(i, missing(one)) for i, one in enumerate(sentences) if one.failed]
+        if not unknown:
+            return [(one.tokens[1:], one.counters) for one in sentences]
+        made.extend(unknown, Policy(0.5, 2.0, 5))
 
 
-def assert_walks_are_bild(method: Any, policy: Policy, seed: int, **options: object) -> None:
-    made = recorder(method, sources(seed), **options)
-    generator = method.generator(MemoryTask([], []), made._search)
-    generator.policy = policy
-    walked = walk_all(made, policy)
+def search_of(**options: float) -> SearchOptions:
+    return SearchOptions(**{"max_len_b": 12, **options})
+
+
+def assert_walks_are_bild(pair: Pair, policy: Policy, seed: int, **options: float) -> None:
+    search = search_of(**options)
+    generator = BildGenerator(pair, support.symbols(), policy, search)
+    walked = walk_all(recorder(pair, sources(seed), search), policy)
     for row, (tokens, counters) in zip(sources(seed), walked, strict=True):
         ((wanted,),) = generator.generate([], support.sample([row]))
         assert tokens == wanted["tokens"].tolist()
@@ -79,32 +76,44 @@ LIMITS = st.sampled_from([{}, {"max_len_b": 3, "max_len_a": 0.5}, {"min_len": 5}
 def test_a_walk_is_what_bild_writes(policy, seed, kind, limits):
     """Tokens and every counter, for any pair of models, any policy and every limit."""
     large, small = support.pair(kind, seed)
-    assert_walks_are_bild(Method("two", large, "large.pt", (small,), "small.pt"), policy, seed, **limits)
+    assert_walks_are_bild(Pair([large], [small]), policy, seed, **limits)
 
 
 @given(policy=POLICIES, seed=st.integers(0, 3))
 def test_a_walk_over_an_early_exit_is_what_bild_writes(policy, seed):
     model = support.model(seed, arch="early_exit_transformer", exit_layers="1")
-    assert_walks_are_bild(Method("exit", model, "exit.pt", exit_layer=1), policy, seed)
+    assert_walks_are_bild(Pair([model], exit_layer=1), policy, seed)
 
 
 def test_an_ensemble_drafts_as_one():
     large, small = support.pair("quarrelling", 0)
     other = support.related(large, 0.2, 7)
-    method = Method("ensemble", large, "large.pt", (small, other), "a.pt:b.pt")
-    assert_walks_are_bild(method, Policy(0.4, 2.0, 5), 2)
+    assert_walks_are_bild(Pair([large], [small, other]), Policy(0.4, 2.0, 5), 2)
 
 
 def test_a_record_comes_back_from_json():
     """Restored predictions lead every walk to the same place, without a pass of the models."""
     large, small = support.pair("agreeing", 1)
-    method = Method("two", large, "large.pt", (small,), "small.pt")
-    made, policy = recorder(method, sources(1)), Policy(0.4, 3.0, 5)
+    made, policy = recorder(Pair([large], [small]), sources(1), search_of()), Policy(0.4, 3.0, 5)
     wanted = walk_all(made, policy)
-    again = recorder(method, sources(1))
-    again.restore(json.loads(json.dumps(made.dump())))
-    again._record = None
-    assert walk_all(again, policy) == wanted
+    roots = restore(json.loads(json.dumps(dump(made.roots))))
+    sentences = walk([roots[i] for i in range(len(wanted))], policy, EOS)
+    assert [(one.tokens[1:], one.counters) for one in sentences] == wanted
+
+
+@given(first=POLICIES, second=POLICIES, seed=st.integers(0, 3), kind=st.sampled_from(support.PAIRS))
+def test_one_walk_stands_for_others_only_where_they_are_the_same(first, second, seed, kind):
+    """Where an outcome is said to hold for another policy, walking that policy gives the same."""
+    large, small = support.pair(kind, seed)
+    made = recorder(Pair([large], [small]), sources(seed), search_of())
+    walk_all(made, first)
+    wanted = walk_all(made, second)
+    roots = [made.roots[i] for i in range(len(made.roots))]
+    for root, sentence, (tokens, counters) in zip(roots, walk(roots, first, EOS), wanted, strict=True):
+        outcome = outcome_of(sentence, root, first, EOS)
+        assert outcome.holds_for(first)
+        if outcome.holds_for(second):
+            assert (outcome.tokens, outcome.counters) == (tokens, counters)
 
 
 def test_costs_are_found_again():
@@ -115,8 +124,8 @@ def test_costs_are_found_again():
         for s, n, a in dice.integers(1, 30, size=(60, 3))
     ]
     for costs in ([4.0, 1.0, 5.0, 0.5], [4.0, 1.0, 5.0, 0.0]):
-        exact = np.stack([calibrate.features(one) for one in counters]) @ costs
-        found = calibrate.CostModel(exact / 1000 * dice.normal(1, 0.02, len(exact)), counters)
+        exact = np.stack([features(one) for one in counters]) @ costs
+        found = CostModel(exact / 1000 * dice.normal(1, 0.02, len(exact)), counters)
         assert found.costs == pytest.approx(costs, abs=0.35) and (found.costs >= 0).all()
         assert found.error < 0.03
 
@@ -153,31 +162,17 @@ def test_without_any_loss_there_is_still_a_winner(corpus, tmp_path):
 
 
 def test_goes_on_from_its_record(corpus, tmp_path):
-    """Stopped before the settings are run, it records nothing again; another bound needs no other record."""
+    """What is recorded is taken from the file, which stays as it is; predictions of another model are refused."""
     record = tmp_path / "record.json"
-    code = (
-        "import runpy, sys; from bild_fairseq.experiments import recorded as simulate\n"
-        "from bild_fairseq.experiments import timing as common\n"
-        "extend, times = simulate.Recorder.extend, []\n"
-        "def counted(*args): times.append(1); return extend(*args)\n"
-        "simulate.Recorder.extend = counted\n"
-        "stop, measure, calls = sys.argv.pop(1) == 'stop', common.measure, []\n"
-        "def interrupted(*args, **kwargs):\n"
-        "    calls.append(1)\n"
-        "    if stop and len(calls) > 1: raise KeyboardInterrupt\n"
-        "    return measure(*args, **kwargs)\n"
-        "common.measure = interrupted\n"
-        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "finally: print('extended', len(times))"
-    )
-    command = [Path(calibrate.__file__), "stop", *arguments(corpus, "--max-loss", 3, "--record", record)]
-    stopped = corpus.programs("python", code, *command, status=1)
-    assert stopped.err.splitlines()[-1].startswith("calibrate: interrupted")
-    assert "extended 0" not in stopped.out
-    command[1] = "go on"
-    again = corpus.programs("python", code, *command)
-    assert "extended 0" in again.out and "fastest within" in again.out
-    other = [f"{corpus.small_halfway}" if item == corpus.small else item for item in command[2:]]
+    command = arguments(corpus, "--max-loss", 3, "--record", record)
+    run_script(corpus, "calibrate", *command)
+    before = json.loads(record.read_text())
+    run_script(corpus, "calibrate", *arguments(corpus, "--max-loss", 2, "--record", record))
+    after = json.loads(record.read_text())
+    assert after["origin"] == before["origin"]
+    for sentence, rows in before["predictions"].items():
+        assert len(after["predictions"][sentence]) >= len(rows)
+    other = [f"{corpus.small_halfway}" if item == corpus.small else item for item in command]
     assert "was recorded with another" in refused(corpus, "calibrate", *other)
 
 
