@@ -17,7 +17,7 @@ from bild_fairseq.decoding.policies import Policy
 from bild_fairseq.experiments import calibrate
 from bild_fairseq.experiments.costs import CostModel, features
 from bild_fairseq.experiments.outcomes import outcome_of
-from bild_fairseq.experiments.recorded import dump, missing, restore, walk
+from bild_fairseq.experiments.recorded import dump, restore, walk
 from bild_fairseq.experiments.recorder import Recorder
 from bild_fairseq.plugin.generator import BildGenerator, SearchOptions
 from bild_fairseq.plugin.pair import Pair
@@ -41,7 +41,7 @@ def walk_all(made: Recorder, policy: Policy) -> list[tuple[list[int], Counters]]
     """Walks every sentence, recording what is missing, in as many passes as that takes."""
     while True:
         sentences = walk([made.roots[i] for i in range(len(made.roots))], policy, EOS)
-        unknown = [(i, missing(one)) for i, one in enumerate(sentences) if one.failed]
+        unknown = [(i, tuple(one.tokens[1:-1])) for i, one in enumerate(sentences) if one.failed]
         if not unknown:
             return [(one.tokens[1:], one.counters) for one in sentences]
         made.extend(unknown, Policy(0.5, 2.0, 5))
