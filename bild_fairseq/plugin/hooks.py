@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,6 +35,7 @@ from fairseq.sequence_generator import SequenceGenerator
 from fairseq.sequence_scorer import SequenceScorer
 from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
+from hydra.core.hydra_config import HydraConfig
 from torch import Tensor, nn
 
 from ..errors import BildError
@@ -61,6 +63,9 @@ def install() -> None:
     distributed_utils._broadcast_object_slow = training.broadcasting(distributed_utils._broadcast_object_slow)
     _switch_off_encoder_fast_path()
     sys.excepthook = one_line_errors(sys.excepthook)
+    if HydraConfig.initialized():
+        # Hydra prints its own kind of traceback unless it is told to let errors through.
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 
 def _install_loading() -> None:
