@@ -28,7 +28,7 @@ from bild_fairseq.experiments.files import try_file
 from bild_fairseq.experiments.progress import progress_bar
 from bild_fairseq.experiments.scoring import Scorer
 from bild_fairseq.experiments.timing import measure
-from bild_fairseq.plugin.files import write_atomically
+from bild_fairseq.plugin.files import write_text
 
 
 def parse_args() -> argparse.Namespace:
@@ -99,7 +99,7 @@ def main() -> None:
         print(conclusion)
     if args.json:
         found = {"arguments": vars(args), "device": device, "peak_memory_kib": peak, "signature": scorer.signature}
-        write_atomically(args.json, json.dumps(found | {"rows": rows}, indent=1) + "\n")
+        write_text(args.json, json.dumps(found | {"rows": rows}, indent=1) + "\n")
     if args.plot:
         figures.plot(systems, batches, args.plot)
 

@@ -23,7 +23,7 @@ from bild_fairseq.experiments.data import check_sources, device_name, load
 from bild_fairseq.experiments.files import try_file
 from bild_fairseq.experiments.pairs import load_pairs
 from bild_fairseq.experiments.settings import policy_flags, policy_of
-from bild_fairseq.plugin.files import write_atomically
+from bild_fairseq.plugin.files import write_text
 
 
 def parse_args() -> argparse.Namespace:
@@ -91,7 +91,7 @@ def main() -> None:
     for row in result["verified"]:
         print(describe(row, metric, args, enough))
     if args.json:
-        write_atomically(args.json, json.dumps(result, indent=1) + "\n")
+        write_text(args.json, json.dumps(result, indent=1) + "\n")
     best = result["best"]
     if best is None:
         raise BildError(f"no setting keeps {within} of greedy decoding when it is run")

@@ -15,7 +15,7 @@ import argparse
 from bild_fairseq.errors import BildError
 from bild_fairseq.experiments import plots, plots_curve, plots_lengths, plots_tokens
 from bild_fairseq.experiments.commandline import quiet, run
-from bild_fairseq.plugin.files import write_atomically
+from bild_fairseq.plugin.files import write_text
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,7 +51,7 @@ def tokens(args: argparse.Namespace) -> None:
         raise BildError(f"--sentences {args.sentences}: must be 1 or more")
     page = plots_tokens.page(plots.read_rounds(args.rounds), args.sentences, args.title)
     try:
-        write_atomically(args.out, page)
+        write_text(args.out, page)
     except OSError as error:
         raise BildError(f"--out {args.out}: cannot write it: {error.strerror}") from error
 

@@ -30,7 +30,7 @@ from bild_fairseq.experiments.scoring import Scorer
 from bild_fairseq.experiments.settings import parse_drafts, parse_policy
 from bild_fairseq.experiments.systems import ours
 from bild_fairseq.experiments.timing import measure
-from bild_fairseq.plugin.files import write_atomically
+from bild_fairseq.plugin.files import write_text
 
 
 def parse_args() -> argparse.Namespace:
@@ -73,7 +73,7 @@ def main() -> None:
     greedy = ours("greedy", next(iter(pairs.values())).greedy(), task, search)
     measure([greedy], batches, cuda=args.cuda, warmup=0)
     sentences = rounds.texts(task, args.subset, greedy.outputs, scorer)
-    write_atomically(args.out, json.dumps({"sentences": sentences, "settings": settings}, indent=1) + "\n")
+    write_text(args.out, json.dumps({"sentences": sentences, "settings": settings}, indent=1) + "\n")
     print(f"{len(settings)} settings of {len(ids)} sentences in {args.out}")
 
 

@@ -23,7 +23,7 @@ from fairseq.tasks import FairseqTask
 from ..decoding.policies import Policy
 from ..errors import BildError
 from ..plugin.checkpoints import load_large, load_small
-from ..plugin.files import write_atomically
+from ..plugin.files import write_text
 from ..plugin.light import write_light
 from ..plugin.pair import Pair
 from . import train_flags
@@ -163,7 +163,7 @@ class Alignment:
         self._say("measuring the small model before and after")
         report = {"settings": settings} | self._compare()
         options.report.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.report, json.dumps(report, indent=1) + "\n")
+        write_text(options.report, json.dumps(report, indent=1) + "\n")
         return report
 
     def _compare(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from fairseq.tasks import FairseqTask
 from torch import Tensor
 
 from ..errors import BildError
-from ..plugin.files import write_atomically
+from ..plugin.files import write_text
 from .align_options import AlignOptions
 from .splice import splices
 from .systems import Run
@@ -107,7 +107,7 @@ class CalibrationSet:
             if not path.exists():
                 self._say(f"the large model writes {name}, part {number + 1} of {len(parts)}")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, json.dumps(self._generate(dataset, part)))
+                write_text(path, json.dumps(self._generate(dataset, part)))
             targets = json.loads(path.read_text(encoding="utf-8"))
             rows += zip([dataset.src[i] for i in part], map(torch.tensor, targets), strict=True)
         return rows

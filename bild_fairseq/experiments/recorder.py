@@ -22,7 +22,7 @@ from ..decoding.policies import Policy
 from ..decoding.reader import Prediction, Verdict
 from ..engines.readers import LogitsReader
 from ..errors import BildError
-from ..plugin.files import write_atomically
+from ..plugin.files import write_text
 from ..plugin.generator import SearchOptions
 from ..plugin.pair import Pair
 from .origin import difference
@@ -207,5 +207,5 @@ class Record:
         """Writes the file, unless that was done a moment ago."""
         if self._path is None or (time.monotonic() - self._written < SAVE_EVERY and not at_once):
             return
-        write_atomically(self._path, json.dumps({"origin": self._origin, "predictions": dump(self._recorder.roots)}))
+        write_text(self._path, json.dumps({"origin": self._origin, "predictions": dump(self._recorder.roots)}))
         self._written = time.monotonic()

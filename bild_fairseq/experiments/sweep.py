@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..decoding.counters import total
 from ..decoding.policies import Policy
 from ..errors import BildError
-from ..plugin.files import write_atomically
+from ..plugin.files import write_text
 from ..plugin.generator import SearchOptions
 from ..plugin.pair import Pair
 from .origin import difference
@@ -179,8 +179,8 @@ class Results:
         writer = csv.DictWriter(text, names)
         writer.writeheader()
         writer.writerows(self.rows)
-        write_atomically(self._csv, text.getvalue())
-        write_atomically(self._json, json.dumps({"origin": self._origin, "rows": self.rows}, indent=1) + "\n")
+        write_text(self._csv, text.getvalue())
+        write_text(self._json, json.dumps({"origin": self._origin, "rows": self.rows}, indent=1) + "\n")
 
 
 def systems_of(

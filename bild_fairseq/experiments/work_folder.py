@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BildError
-from ..plugin.files import write_atomically
+from ..plugin.files import write_text
 
 
 def begin(folder: Path, settings: dict[str, Any]) -> None:
@@ -28,7 +28,7 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
                 f"{folder} was made with {'; '.join(changed)}: remove it to make it anew, or give another --work"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(settings, indent=1) + "\n")
+    write_text(path, json.dumps(settings, indent=1) + "\n")
 
 
 @contextmanager
