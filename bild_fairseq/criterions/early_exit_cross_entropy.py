@@ -143,24 +143,30 @@ class EarlyExitLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCrite
             "sample_size": sample_size,
         }
 
-        losses = []
-        for layer in exits:
-            exit_output = (net_output[1]["exit_logits"][layer], None)
-            lprobs, _ = self.get_lprobs_and_target(model, exit_output, sample)
-            exit_loss, exit_nll_loss = self._smoothed_loss(lprobs, target, reduce)
-            if self.exit_distill > 0:
-                kl = self._divergence(teacher.detach(), lprobs, target, reduce)
-                exit_loss = (1 - self.exit_distill) * exit_loss + self.exit_distill * kl
-                logging_output[f"exit{layer}_kl"] = kl.data
-            losses.append(exit_loss)
-            logging_output[f"exit{layer}_loss"] = exit_loss.data
-            logging_output[f"exit{layer}_nll_loss"] = exit_nll_loss.data
-            logging_output[f"exit{layer}_n_correct"] = self._correct(lprobs, target)
+        losses = [self._exit_loss(model, net_output, sample, layer, teacher, reduce, logging_output) for layer in exits]
         losses.append(final_loss)
-
         loss = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
         logging_output["loss"] = loss.data
         return loss, sample_size, logging_output
+
+    def _exit_loss(self, model, net_output, sample, layer, teacher, reduce, logging_output):
+        """The loss at one exit; its figures go into the logging output.
+
+        Args:
+            layer: whose exit.
+            teacher: the last layer's log-probabilities, (batch * time, vocab).
+        """
+        exit_output = (net_output[1]["exit_logits"][layer], None)
+        lprobs, target = self.get_lprobs_and_target(model, exit_output, sample)
+        loss, nll_loss = self._smoothed_loss(lprobs, target, reduce)
+        if self.exit_distill > 0:
+            kl = self._divergence(teacher.detach(), lprobs, target, reduce)
+            loss = (1 - self.exit_distill) * loss + self.exit_distill * kl
+            logging_output[f"exit{layer}_kl"] = kl.data
+        logging_output[f"exit{layer}_loss"] = loss.data
+        logging_output[f"exit{layer}_nll_loss"] = nll_loss.data
+        logging_output[f"exit{layer}_n_correct"] = self._correct(lprobs, target)
+        return loss
 
     def _weights(self, exits: list[int]) -> list[float]:
         """One for each exit, then one for the last layer."""

@@ -29,10 +29,10 @@ def falls_back(max_lprob: float, threshold: float) -> bool:
     """Fallback: the small model is too unsure of its best token and hands over to the large one.
 
     Args:
-        max_lprob: log-probability (nats) of the small model's best token.
+        max_lprob: log-probability (nats) of the small model's best token; above 0 where a penalty is negative.
         threshold: probability, 0 to 1. The comparison is strict, so 0 never falls back.
     """
-    return math.exp(max_lprob) < threshold
+    return math.exp(min(max_lprob, 0.0)) < threshold
 
 
 def rolls_back(token_lprob: float, is_large_argmax: bool, threshold: float) -> bool:

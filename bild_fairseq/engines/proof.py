@@ -60,8 +60,8 @@ def prove(engine: Engine, model: nn.Module, precision: str, role: str) -> None:
     expected = _generate(rounded_copy(model, precision), net_input, tokens, exits)
     unrounded = _generate(model, net_input, tokens, exits) if precision == "int8" else None
     for depth, where, found in _readings(engine, net_input, tokens, exits):
-        wanted, largest = expected[depth]
-        agrees = _agree(_floored(found, missing), _floored(wanted, missing), largest, tolerance)
+        found, (wanted, largest) = _floored(found, missing), expected[depth]
+        agrees = _agree(found, wanted, largest, tolerance)
         if unrounded is not None:
             allowed = max(_INT8_FARTHER * _distance(found, unrounded[depth][0]), _TOLERANCE[torch.float32])
             agrees = agrees and _distance(found, wanted) <= allowed
@@ -127,7 +127,8 @@ def _predictions(
     logits, lprobs = (torch.stack(kind, dim=1).float() for kind in zip(*steps, strict=True))  # (batch, length, vocab)
     logits[..., missing] = 0.0
     largest = float(logits[logits.isfinite()].abs().amax()) if logits.isfinite().any() else 0.0
-    return [row[:length] for row, length in zip(lprobs, lengths, strict=True)], max(1.0, largest)
+    kept = [row[:length] for row, length in zip(lprobs, lengths, strict=True)]
+    return _floored(kept, missing), max(1.0, largest)
 
 
 def _readings(

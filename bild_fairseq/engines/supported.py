@@ -46,7 +46,7 @@ _STOCK: dict[type, tuple[type, ...]] = {
     FairseqDropout: (FairseqDropout,),
 }
 # The same for T5's decoder, beside the classes with an ``engine_kind``, which are stock themselves.
-_PLAIN_T5 = (nn.Linear, nn.Embedding, nn.RMSNorm, nn.ModuleList, nn.ModuleDict)
+_PLAIN_T5 = (nn.Linear, IntegerLinear, nn.Embedding, nn.RMSNorm, nn.ModuleList, nn.ModuleDict)
 # Methods with which a model is made, trained, saved and loaded; they may be a subclass's own.
 _NOT_COMPUTING = ("__init__", "build_", "upgrade_state_dict", "add_args", "make_generation_fast_", "prepare_for_onnx")
 _NOT_COMPUTING += ("reset_parameters", "train", "load_state_dict", "__module__", "__doc__", "__class__")

@@ -217,8 +217,6 @@ class Alignment:
             # The target is the large model's own choice, so accuracy is agreement.
             *("--best-checkpoint-metric", "accuracy", "--maximize-best-checkpoint-metric"),
             *("--log-file", self._training / "train.log"),
-            # On several GPUs fairseq would have the first process send the others what they cannot read safely.
-            "--load-checkpoint-on-all-dp-ranks",
         ]
         if options.distill:
             flags += ["--criterion", "word_distillation_cross_entropy"]

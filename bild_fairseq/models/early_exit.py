@@ -9,6 +9,7 @@ from fairseq.models import (
     register_model_architecture,
 )
 from fairseq.models.transformer import TransformerConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ..errors import BildError
 from .exits import EarlyExitTransformerDecoder, parse_exit_layers
@@ -55,6 +56,8 @@ class EarlyExitMixin:
         Raises:
             BildError: options that exits cannot work with, see `check_decoder_options`.
         """
+        if isinstance(args, DictConfig):  # of Hydra; fairseq's models read a namespace
+            args = argparse.Namespace(**OmegaConf.to_container(args, resolve=True))
         set_exit_defaults(args)
         return super().build_model(args, task)
 
@@ -118,9 +121,20 @@ def set_exit_defaults(args: Any) -> None:
     Raises:
         BildError: `exit_layers` does not read as layers.
     """
+    flatten(args)
     args.exit_layers = parse_exit_layers(getattr(args, "exit_layers", [1]))
     args.exit_share_output_projection = getattr(args, "exit_share_output_projection", True)
     args.exit_freeze_model = getattr(args, "exit_freeze_model", False)
+
+
+def flatten(args: Any) -> None:
+    """Gives nested options, Hydra's `encoder.layers`, the command line's names, `encoder_layers`; in place."""
+    for group in ("encoder", "decoder", "quant_noise"):
+        options = getattr(args, group, None)
+        if isinstance(options, (dict, DictConfig)):
+            for name, value in dict(options).items():
+                setattr(args, f"{group}_{name}", value)
+            delattr(args, group)
 
 
 def register_early_exit_architectures(stock_model: str) -> None:

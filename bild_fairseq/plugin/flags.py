@@ -240,7 +240,11 @@ def _check_ranges(args: Any) -> None:
     require("bild_max_draft", option(args, "bild_max_draft") >= 1, "1 or more")
     exit_layer = option(args, "bild_exit_layer")
     require("bild_exit_layer", exit_layer is None or exit_layer >= 1, "1 or more")
-    require("temperature", 0 < option(args, "temperature") < math.inf, "above 0")
+    # Logits divided by less would not be finite.
+    require("temperature", 1e-30 <= option(args, "temperature") < math.inf, "above 0 (1e-30 or more)")
+    for name in ("max_len_a", "lenpen", "unkpen"):
+        require(name, math.isfinite(option(args, name)), "a finite number")
+    require("no_repeat_ngram_size", option(args, "no_repeat_ngram_size") >= 0, "0 or more")
     if not option(args, "max_len_a") and not option(args, "match_source_len"):
         longest = option(args, "max_len_b")
         require("min_len", option(args, "min_len") <= longest, f"--max-len-b ({longest}) or less")

@@ -163,7 +163,8 @@ class BildGenerator:
             lengths = self._source_lengths(net_input).tolist()
             max_len = max(lengths)
         else:
-            max_len = min(int(options.max_len_a * width + options.max_len_b), self.pair.max_positions - 1)
+            wanted = options.max_len_a * width + options.max_len_b  # any number, perhaps infinite
+            max_len = int(max(-1, min(wanted, self.pair.max_positions - 1)))
         if options.min_len > max_len:
             raise BildError(f"--min-len {options.min_len} is above the maximum length, {max_len}; lower it")
         limits = Constraints(
@@ -204,7 +205,9 @@ class BildGenerator:
     def _hypothesis(self, sentence: Sentence, source_length: int | None) -> dict[str, Any]:
         score = sum(sentence.scores)
         if self.options.normalize_scores:
-            score /= sentence.generated**self.options.len_penalty
+            # With torch's numbers a penalty without bounds gives 0 or infinity, as in fairseq, and no error.
+            length = torch.tensor(sentence.generated, dtype=torch.float64)
+            score = float(torch.tensor(score, dtype=torch.float64) / length**self.options.len_penalty)
         if source_length is not None and sentence.generated - 1 > source_length:
             score = -torch.inf
         return {

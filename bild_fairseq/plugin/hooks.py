@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,6 +35,7 @@ from fairseq.sequence_generator import SequenceGenerator
 from fairseq.sequence_scorer import SequenceScorer
 from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
+from hydra.core.hydra_config import HydraConfig
 from torch import Tensor, nn
 
 from ..errors import BildError
@@ -61,6 +63,9 @@ def install() -> None:
     distributed_utils._broadcast_object_slow = training.broadcasting(distributed_utils._broadcast_object_slow)
     _switch_off_encoder_fast_path()
     sys.excepthook = one_line_errors(sys.excepthook)
+    if HydraConfig.initialized():
+        # Hydra prints its own kind of traceback unless it is told to let errors through.
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 
 def _install_loading() -> None:
@@ -175,7 +180,9 @@ def _choosing(build: Callable[..., Any]) -> Callable[..., Any]:
         check(args)
         if str(option(args, "generator")) == "beam" or option(args, "score_reference"):
             return build(self, models, args, seq_gen_cls, extra_gen_cls_kwargs, prefix_allowed_tokens_fn)
-        if seq_gen_cls is not None or prefix_allowed_tokens_fn is not None:
+        # fairseq reads this one from either.
+        allowed = prefix_allowed_tokens_fn or getattr(args, "prefix_allowed_tokens_fn", None)
+        if seq_gen_cls is not None or allowed is not None:
             raise BildError(f"{type(self).__name__} asks for a search that --generator {args.generator} lacks")
         return _build(self, models, args, extra_gen_cls_kwargs or {})
 

@@ -19,6 +19,7 @@ import shlex
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from fairseq import utils
@@ -35,7 +36,8 @@ from ..engines.readers import combined
 from ..engines.supported import is_t5
 from ..errors import BildError
 from ..models.exits import ExitHeads
-from .checkpoints import check_positions, load_large, load_small
+from .checkpoints import check_positions, file_of, load_large, load_small
+from .files import unreadable
 from .flags import option, small_overrides, small_paths
 
 logger = logging.getLogger(__name__)
@@ -238,11 +240,27 @@ class Pair:
         return shlex.join(words)
 
 
+# By large model: the task, and what the files were, when a small one was loaded last.
+_drafting: WeakKeyDictionary[nn.Module, tuple[FairseqTask, Hashable, list[nn.Module]]] = WeakKeyDictionary()
+
+
 def _load_drafting(
     paths: Sequence[str], task: FairseqTask, large: Sequence[nn.Module], overrides: dict[str, Any] | None = None
 ) -> list[nn.Module]:
-    """A small model that reads whatever the large one is given."""
-    small = load_small(paths, task, large[0], overrides)
+    """A small model that reads whatever the large one is given; loaded once for as long as nothing has changed.
+
+    fairseq's hub interface builds a generator for every call.
+    """
+    weight = next(large[0].parameters())
+    files = [os.stat(file_of(path)) for path in paths if unreadable(file_of(path)) is None]
+    key = (
+        *(tuple(paths), tuple((file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns) for file in files)),
+        *(repr(overrides), weight.device, weight.dtype),
+    )
+    known_task, known_key, small = _drafting.get(large[0], (None, None, []))
+    if known_task is not task or known_key != key:
+        small = load_small(paths, task, large[0], overrides)
+        _drafting[large[0]] = task, key, small
     limits = task.max_positions()
     # Tasks of several languages have limits for each pair of them.
     limit = max(pair[0] for pair in limits.values()) if isinstance(limits, dict) else limits[0]

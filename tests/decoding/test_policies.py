@@ -27,6 +27,10 @@ def test_fallback_is_strictly_below_the_threshold(lprob, at):
     assert falls_back(lprob, math.exp(at)) == (math.exp(lprob) < math.exp(at))
 
 
+def test_a_token_that_a_penalty_makes_likelier_than_certain_is_kept():
+    assert not any(falls_back(lprob, 1.0) for lprob in (1e-3, 1000.0, math.inf))
+
+
 @given(LPROBS)
 def test_rollback_threshold_inf_never_rolls_back(lprob):
     """Not even a token that the large model holds impossible."""

@@ -53,13 +53,21 @@ def load(path: Path) -> ModuleType:
 
 
 Step = Callable[..., subprocess.CompletedProcess]
+# Setting up finds that pip is there and that nothing is missing.
+PYTHON = """#!/bin/sh
+case "$1 $2" in "-m pip" | "- "*) exit 0 ;; esac
+exec {} "$@"
+"""
 
 
 @pytest.fixture(scope="module")
 def run_step(programs, tmp_path_factory) -> Step:
     """``bash run.sh`` of a benchmark, offline, in an environment whose Python waits for no imports."""
     environment = tmp_path_factory.mktemp("environment")
-    programs.bin(environment / "bin")
+    python = programs.bin(environment / "bin") / "python"
+    quick = python.rename(python.with_name("quick-python"))
+    python.write_text(PYTHON.format(quick))
+    python.chmod(0o755)
 
     def run(benchmark: str, work: Path, *arguments: object, status: int = 0, **variables: object) -> Any:
         if "DRY_RUN" not in variables:

@@ -25,6 +25,7 @@ from script_support import refused, run_script
 from bild_fairseq.errors import BildError
 from bild_fairseq.experiments.align import Alignment, Say, fairseq_train
 from bild_fairseq.experiments.align_options import AlignOptions
+from bild_fairseq.experiments.scoring import ScoreOptions
 from bild_fairseq.experiments.work_folder import locked
 from bild_fairseq.plugin.generator import SearchOptions
 
@@ -172,26 +173,23 @@ def test_done_is_done(done, corpus):
 
 
 def test_a_killed_training_goes_on_from_its_last_epoch(aligner):
-    aligner.kill_training = True
-    with pytest.raises(BildError, match=r"fairseq-train ended with status -9; its log is .*train\.log"):
-        aligner()
-    assert not aligner.out.exists()
-    aligner.kill_training = False
-    report = aligner()
-    assert aligner.trainings == 1 and "teacher" not in aligner.train_log()
-    assert aligner.train_log().count("end of epoch 1 ") == aligner.train_log().count("end of epoch 2 ") == 1
-    assert report["agreement"]["after"] > report["agreement"]["before"]
-
-
-def test_two_processes_train_together(aligner):
-    """As on two GPUs: both begin with the small model, and half as many updates are an epoch."""
+    """With two processes, as on two GPUs: both begin with the small model, and both go on from what was saved."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     gloo = "--distributed-world-size 2 --distributed-no-spawn --distributed-backend gloo --ddp-backend legacy_ddp"
-    aligner.processes = 2
-    aligner(train_flags=[*gloo.split(), "--distributed-init-method", f"tcp://localhost:{port}"])
-    assert re.findall(r"\| num_updates \d+ \| lr (\S+) ", aligner.train_log())[-1] == "0"
+    flags = [*gloo.split(), "--distributed-init-method", f"tcp://localhost:{port}"]
+    aligner.processes, aligner.kill_training = 2, True
+    with pytest.raises(BildError, match=r"fairseq-train ended with status -9; its log is .*train\.log"):
+        aligner(epochs=10, train_flags=flags)
+    assert not aligner.out.exists()
+    aligner.kill_training = False
+    report = aligner(epochs=10, train_flags=flags)
+    log = aligner.train_log()
+    assert aligner.trainings == 1 and "teacher" not in log
+    assert re.findall(r"end of epoch (\d+) ", log) == [str(epoch) for epoch in range(1, 11)]
+    assert re.findall(r"\| num_updates \d+ \| lr (\S+) ", log)[-1] == "0", "updates of two processes were counted"
+    assert report["agreement"]["after"] > report["agreement"]["before"]
 
 
 def test_changed_settings_are_noticed(aligner, corpus):
@@ -241,6 +239,7 @@ def test_sources_that_the_small_model_cannot_read_are_left_out(fresh, corpus, tm
         ({"sample": 0}, "--sample 0: give a number above 0"),
         ({"splice": -1}, "--splice -1: give a number of sources"),
         ({"subset": "nothing"}, "cannot load nothing"),
+        ({"score": ScoreOptions(reference="missing.txt")}, "--reference missing.txt: cannot read it"),
         ({"train_flags": ["--no-such-flag"]}, "fairseq-train: .*--no-such-flag"),
     ],
 )
@@ -301,7 +300,5 @@ def test_a_model_of_the_other_direction_is_refused(fresh):
 
 
 def test_the_script_refuses_in_one_line(corpus, tmp_path):
-    models = ["--large", corpus.large, "--small", corpus.small, "--out", tmp_path / "out.pt"]
-    assert "--reference missing.txt: cannot read it" in refused(
-        corpus, "align", corpus.data, *models, "--cpu", "--reference", "missing.txt"
-    )
+    words = ["--large", corpus.large, "--small", corpus.small, "--out", tmp_path / "out.pt", "--epochs", 0]
+    assert refused(corpus, "align", corpus.data, *words) == "align: --epochs 0: give a number above 0"

@@ -138,7 +138,7 @@ def test_goes_on_from_its_record(corpus, run, monkeypatch, tmp_path):
         (["--candidates", "0"], "--candidates 0: must be 1 or more"),
         (["--rollback", "x"], "rollback threshold 'x'"),
         (["--record", "missing/record.json"], "--record missing/record.json: cannot write there"),
-        (["--json", "."], "--json .: cannot write there, that is a folder"),
+        (["--json", "."], "--json .: cannot write there: that is a folder"),
         (["--small", "SMALL"], "two models are called"),
         (["--small", "other=SMALL"], "give one --small or one --early-exit"),
     ],

@@ -2,14 +2,18 @@
 
 import copy
 import re
+import shutil
 
 import pytest
 import support
 import torch
 from cli_support import USER_DIR
+from fairseq import checkpoint_utils
 from fairseq.optim.adam import Adam
 from reference import Rules
 from torch import nn
+
+from bild_fairseq.plugin.flags import BildGenerationConfig
 
 SAMPLE = support.sample([support.source([3, 1, 4, i]) for i in range(6)])
 EXITS = {"decoder_layers": 3, "exit_layers": "1"}
@@ -87,6 +91,22 @@ def test_weights_that_stay_are_laid_out_once(monkeypatch):
         model.decoder.output_projection.weight.mul_(1)  # written to, with the same numbers
     texts(generator)
     assert generator.pair.engines == engines
+
+
+def test_a_small_model_is_loaded_anew_only_if_its_file_has_changed(corpus, tmp_path):
+    """fairseq's hub interface builds a generator for every call."""
+    task, file = corpus.task(), tmp_path / "small.pt"
+    models, _ = checkpoint_utils.load_model_ensemble([str(corpus.large)], task=task)
+
+    def small_model() -> nn.Module:
+        args = BildGenerationConfig(generator="bild", bild_small_path=str(file))
+        return task.build_generator(models, args).pair.small[0]
+
+    shutil.copy(corpus.small, file)
+    first = small_model()
+    assert small_model() is first
+    shutil.copy(corpus.small_halfway, file)
+    assert small_model() is not first
 
 
 def test_bleu_during_training_is_that_of_beam_search_with_one_beam(corpus, tmp_path):

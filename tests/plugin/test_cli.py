@@ -358,6 +358,13 @@ class TestFromPython:
         assert generator.counters().tokens == stats["tokens"]
         assert generator.summary() in wanted.err
 
+    @pytest.mark.parametrize(("lenpen", "score"), [(1e300, 0.0), (-1e300, -torch.inf)])
+    def test_length_penalties_beyond_all_numbers(self, loaded, lenpen, score):
+        models, _, task = loaded
+        generator = task.build_generator(models, Namespace(generator="greedy", max_len_b=12, lenpen=lenpen))
+        found = self.generate(task, models, generator).values()
+        assert {hypothesis["score"].item() for hypothesis in found if len(hypothesis["tokens"]) > 1} == {score}
+
     def test_the_options_of_a_checkpoint(self, corpus, loaded, stock):
         """A configuration that a checkpoint carries, with the generator put in."""
         models, config, task = loaded

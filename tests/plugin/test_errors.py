@@ -42,6 +42,8 @@ def message_of(function, *arguments):
         ({"bild_max_draft": -3}, "--bild-max-draft -3"),
         ({"bild_exit_layer": 0}, "--bild-exit-layer 0"),
         ({"temperature": 0.0}, "--temperature 0"),
+        ({"max_len_a": float("inf")}, "--max-len-a inf"),
+        ({"max_len_a": float("nan")}, "--max-len-a nan"),
         ({"min_len": 9, "max_len_b": 8}, "--min-len 9"),
         ({"bild_small_path": "small.pt", "bild_exit_layer": 1}, "--bild-small-path and --bild-exit-layer"),
         ({"bild_small_path": "nowhere/small.pt"}, "nowhere/small.pt"),
