@@ -18,6 +18,7 @@ import os
 import shlex
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -252,7 +253,9 @@ def _load_drafting(
     fairseq's hub interface builds a generator for every call.
     """
     weight = next(large[0].parameters())
-    files = [os.stat(file_of(path)) for path in paths if unreadable(file_of(path)) is None]
+    names = [file_of(path) for path in paths if unreadable(file_of(path)) is None]
+    names += [beside for path in paths for beside in sorted(Path(path).parent.glob("dict.*.txt"))]  # checked on loading
+    files = [os.stat(name) for name in names]
     key = (
         *(tuple(paths), tuple((file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns) for file in files)),
         *(repr(overrides), weight.device, weight.dtype),

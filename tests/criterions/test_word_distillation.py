@@ -202,5 +202,5 @@ def test_what_cannot_be_used_is_refused(setting, corpus, tmp_path):
         setting.criterion()
     setting.path = str(corpus.large)
     setting.task = support.task()
-    with pytest.raises(BildError, match="does not fit this data"):
+    with pytest.raises(BildError, match="another source dictionary"):
         setting.criterion()

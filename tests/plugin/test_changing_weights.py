@@ -131,7 +131,7 @@ def test_bleu_during_training_is_that_of_beam_search_with_one_beam(corpus, tmp_p
         chosen = f'{{"generator": "{name}", "beam": 1, "max_len_b": 12}}'
         bleu = ["--eval-bleu", "--eval-bleu-args", chosen]
         run = corpus.programs("train", corpus.data, *size.split(), *options, *bleu)
-        lines = [line for line in (run.out + run.err).splitlines() if "| valid |" in line]
+        lines = [line for line in (run.out + run.err).splitlines() if "valid on 'valid' subset" in line]
         scores[name] = [re.search(r"\| bleu ([\d.]+)", line)[1] for line in lines]
     assert scores["greedy"] == scores["beam"]
     assert len(set(scores["beam"])) > 1 and float(scores["beam"][-1]) > 20, "nothing was learned, so nothing is proved"
