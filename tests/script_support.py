@@ -1,7 +1,6 @@
 """Runs the scripts in scripts/ on the tiny corpus, and tasks in memory for their parts."""
 
-import importlib
-import sys
+import importlib.util
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +18,10 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 def script(name: str) -> ModuleType:
     """``scripts/<name>.py`` as a module."""
-    if str(SCRIPTS) not in sys.path:
-        sys.path.append(str(SCRIPTS))
-    return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(f"scripts_{name}", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_script(corpus: Corpus, name: str, *arguments: object, status: int = 0) -> Run:
