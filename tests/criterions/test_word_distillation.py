@@ -1,5 +1,6 @@
 """Word-level distillation: the loss by hand, and that the teacher stays out of the training."""
 
+import copy
 import math
 
 import pytest
@@ -37,9 +38,17 @@ class Setting:
         return WordDistillationCrossEntropyCriterion(self.task, sentence_avg, self.path, weight, top)
 
 
-@pytest.fixture
-def setting(corpus):
+@pytest.fixture(scope="module")
+def loaded(corpus):
     return Setting(corpus)
+
+
+@pytest.fixture
+def setting(loaded):
+    """Models of its own, which a test may train."""
+    made = copy.copy(loaded)
+    made.student, made.teacher = copy.deepcopy((loaded.student, loaded.teacher))
+    return made
 
 
 def close(got, wanted):
