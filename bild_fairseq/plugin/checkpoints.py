@@ -126,13 +126,15 @@ def check_content(state: Any) -> None:
     if name not in known:
         raise BildError(f"its architecture, {name}, is not known here; is it defined by a package for --user-dir?")
     columns = max((weight.size(-1) for weight in weights.values() if weight.dim()), default=1)
+    longest = max((size for weight in weights.values() for size in weight.shape), default=1)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for option, value in options.items():
         if type(value) is not int or value <= 0:
             continue
         layers = option.endswith("_layers") and value > max(len(weights), 1000)
-        rows = option.endswith(("_dim", "_positions")) and 4 * value * columns > memory
-        if layers or rows:
+        dimension = option.endswith("_dim") and value > 16 * longest  # 16: an option that the model does not use
+        rows = option.endswith(("_dim", "_positions")) and 4 * value * columns > memory / 4
+        if layers or dimension or rows:
             raise BildError(f"its options declare {option} {value}, which its weights do not have")
 
 

@@ -53,21 +53,28 @@ def containers(value: Any) -> list[Any]:
     return found
 
 
+def changed_numbers(dice: random.Random, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape and type with other numbers in it."""
+    ways = [
+        lambda: tensor * dice.choice([0.0, -1.0, 1.1, 1e3, 1e30, float("nan"), float("inf")]),
+        lambda: tensor.flatten().flip(0).view(tensor.shape),
+        lambda: torch.where(torch.arange(tensor.numel()).view(tensor.shape) == dice.randrange(99), torch.nan, tensor),
+    ]
+    return dice.choice(ways)()
+
+
 def changed_tensor(dice: random.Random, tensor: torch.Tensor) -> Any:
-    """Another tensor, or none."""
+    """Something else in a tensor's place."""
     ways = [
         lambda: tensor[:-1] if tensor.dim() else tensor,
         lambda: tensor.repeat(2, *[1] * (tensor.dim() - 1)) if tensor.dim() else tensor,
         lambda: tensor.flatten(),
         lambda: tensor.t() if tensor.dim() == 2 else tensor[None],
-        lambda: tensor * dice.choice([0.0, -1.0, 1e3, 1e30, float("nan"), float("inf")]),
         lambda: tensor.to(dice.choice([torch.half, torch.bfloat16, torch.double, torch.int, torch.bool, torch.cfloat])),
         lambda: torch.empty(0),
-        lambda: tensor.to_sparse(),
+        lambda: tensor.to_sparse() if tensor.layout == torch.strided else tensor,
         lambda: tensor.to("meta"),
-        lambda: tensor.numpy(),
         lambda: tensor.tolist(),
-        lambda: tensor[torch.randperm(len(tensor))] if tensor.dim() else tensor,
     ]
     return dice.choice(ways)()
 
@@ -81,6 +88,14 @@ def changed_value(dice: random.Random, value: Any) -> Any:
     if isinstance(value, str) and dice.random() < 0.8:
         return dice.choice(WORDS)
     return dice.choice([*NUMBERS, *WORDS, *OTHER])
+
+
+def change_weights(dice: random.Random, state: dict[str, Any]) -> None:
+    """Another model of the same kind, mostly a sound one."""
+    weights = state["model"]
+    for name in dice.sample(list(weights), dice.choice([1, 2, 5])):
+        if weights[name].is_floating_point():
+            weights[name] = changed_numbers(dice, weights[name])
 
 
 def change_contents(dice: random.Random, state: dict[str, Any], canary: Path) -> None:
@@ -165,9 +180,11 @@ class Loading:
     def write(self, dice: random.Random, path: Path, canary: Path) -> None:
         """The damaged checkpoint."""
         state = copy.deepcopy(dice.choice(self.states))
-        way = dice.choice(["contents", "contents", "bytes", "member"])
+        way = dice.choice(["contents", "contents", "weights", "bytes", "member"])
         if way == "contents":
             change_contents(dice, state, canary)
+        elif way == "weights":
+            change_weights(dice, state)
         buffer = io.BytesIO()
         torch.save(state, buffer, _use_new_zipfile_serialization=way == "member" or dice.random() < 0.8)
         content = bytearray(buffer.getvalue())

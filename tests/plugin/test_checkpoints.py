@@ -340,6 +340,7 @@ WRONG = {
     "layers in words": (option("decoder_layers", "many"), "options"),
     "another width": (option("decoder_ffn_embed_dim", 12), "fc1"),
     "a huge width": (option("decoder_ffn_embed_dim", 10**12), "decoder_ffn_embed_dim 1000000000000"),
+    "a wide model": (option("decoder_embed_dim", 10**6), "decoder_embed_dim 1000000"),
     "huge positions": (option("max_source_positions", 10**11), "max_source_positions"),
     "a million layers": (option("encoder_layers", 10**6), "encoder_layers 1000000"),
     "another architecture": (option("_name", "lstm"), "options"),
