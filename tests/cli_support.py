@@ -8,6 +8,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -235,9 +236,8 @@ def joined(paths: Iterable[Path]) -> str:
     return os.pathsep.join(map(str, paths))
 
 
-def _train(programs: Programs, data: Path, folder: Path, updates: int, *options: object) -> list[Path]:
-    """Trains with the plugin loaded; returns the last checkpoint and one from halfway."""
-    half = updates // 2
+def _train(programs: Programs, data: Path, folder: Path, updates: int, *options: object) -> None:
+    """Trains with the plugin loaded; saves a checkpoint halfway and one at the end."""
     size = [("--embed-dim", 32), ("--ffn-embed-dim", 48), ("--attention-heads", 2)]
     programs(
         "train",
@@ -245,16 +245,27 @@ def _train(programs: Programs, data: Path, folder: Path, updates: int, *options:
         *("--arch", "transformer_tiny", "--encoder-layers", 1, "--share-decoder-input-output-embed", *options),
         *(part for name, value in size for side in ("encoder", "decoder") for part in (f"--{side}{name[1:]}", value)),
         *("--optimizer", "adam", "--lr", 0.005, "--batch-size", 32, "--dropout", 0, "--num-workers", 0),
-        *("--max-update", updates, "--save-interval-updates", half, "--no-epoch-checkpoints"),
+        *("--max-update", updates, "--save-interval-updates", updates // 2, "--no-epoch-checkpoints"),
         *("--save-interval", updates, "--validate-interval", updates),  # counted in epochs: only at the end
         *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1, "--log-format", "none"),
     )
-    (halfway,) = folder.glob(f"checkpoint_*_{half}.pt")
-    return [folder / "checkpoint_last.pt", halfway]
 
 
-def make_corpus(folder: Path, programs: Programs) -> Corpus:
-    """Writes the text, preprocesses it and trains the models, all below ``folder``."""
+def corpus_in(folder: Path, programs: Programs) -> Corpus:
+    """The corpus in a folder, made there if there is none."""
+    if not (folder / "complete").exists():
+        folder.mkdir()
+        _make_corpus(folder, programs)
+        (folder / "complete").touch()
+    trained = []
+    for name in ("large", "small"):
+        halfway = min((folder / name).glob("checkpoint_*_*.pt"), key=lambda path: int(path.stem.split("_")[-1]))
+        trained += [folder / name / "checkpoint_last.pt", halfway]
+    return Corpus(programs, folder / "data", *trained)
+
+
+def _make_corpus(folder: Path, programs: Programs) -> None:
+    """Writes the text, preprocesses it, and trains both models at the same time."""
     _write_text(folder)
     data = folder / "data"
     splits = [f"--{split}pref={folder / split}" for split in ("train", "valid", "test")]
@@ -267,6 +278,9 @@ def make_corpus(folder: Path, programs: Programs) -> Corpus:
         "--decoder-learned-pos",
     ]
     limits = ["--max-source-positions", POSITIONS, "--max-target-positions", POSITIONS]
-    trained = _train(programs, data, folder / "large", 240, "--decoder-layers", 2, *kind, *limits)
-    trained += _train(programs, data, folder / "small", 100, "--decoder-layers", 1, "--seed", 2)
-    return Corpus(programs, data, *trained)
+    trainings = [
+        ("large", 240, ["--decoder-layers", 2, *kind, *limits]),
+        ("small", 100, ["--decoder-layers", 1, "--seed", 2]),
+    ]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda each: _train(programs, data, folder / each[0], each[1], *each[2]), trainings))

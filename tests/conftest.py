@@ -1,12 +1,14 @@
 """What all tests share: the package loaded into fairseq, one thread, repeatable randomness, a task with models."""
 
+import fcntl
+import os
 import random
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from cli_support import Corpus, Programs, make_corpus
+from cli_support import Corpus, Programs, corpus_in
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
@@ -44,5 +46,10 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
 
 @pytest.fixture(scope="session")
 def corpus(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """A tiny translation task and models trained on it; tests change none of its files."""
-    return make_corpus(tmp_path_factory.mktemp("corpus"), programs)
+    """A tiny translation task and models trained on it; tests change none of its files. Parallel workers share it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with (folder / "corpus.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return corpus_in(folder / "corpus", programs)
