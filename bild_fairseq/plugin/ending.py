@@ -121,7 +121,8 @@ def one_line_errors(previous: Callable[..., Any]) -> Callable[..., Any]:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, BildError):
-            _say(f"bild_fairseq: {error}")
+            # fairseq may still be reading batches ahead, in a thread that aborts when Python ends in the usual way.
+            _fail(str(error))
         elif _Ending.reports and isinstance(error, KeyboardInterrupt):
             _say("bild_fairseq: interrupted")
         elif _Ending.reports and isinstance(error, OSError) and error.filename is None and error.errno in _LOST_OUTPUT:
