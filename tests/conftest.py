@@ -3,6 +3,7 @@
 import fcntl
 import os
 import random
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,9 @@ from cli_support import Corpus, Programs, corpus_in
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+# A suite that is started in the background inherits ignored signals, and so would the programs that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 settings.register_profile(
     "repeatable",
