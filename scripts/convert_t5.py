@@ -9,10 +9,10 @@ was trained on in fairseq goes back with --checkpoint.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from bild_fairseq.errors import BildError
+from bild_fairseq.experiments.commandline import run
 from bild_fairseq.experiments.convert_t5 import convert, restore
 
 
@@ -46,7 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BildError as error:
-        sys.exit(f"convert_t5: {error}")
+    run("convert_t5", main)

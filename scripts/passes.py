@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 
 import torch
 
@@ -19,6 +18,7 @@ import bild_fairseq  # noqa: F401
 from bild_fairseq.engines.choose import engine_for
 from bild_fairseq.engines.precision import PRECISIONS
 from bild_fairseq.errors import BildError
+from bild_fairseq.experiments.commandline import run
 from bild_fairseq.experiments.passes import (
     conditions,
     load_without_data,
@@ -76,9 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BildError as error:
-        sys.exit(f"passes: {error}")
-    except KeyboardInterrupt:
-        sys.exit("passes: interrupted")
+    run("passes", main)

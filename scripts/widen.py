@@ -10,11 +10,10 @@ say about speed holds for their sizes with the agreement that the narrow ones ha
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import bild_fairseq  # noqa: F401
-from bild_fairseq.errors import BildError
+from bild_fairseq.experiments.commandline import run
 from bild_fairseq.experiments.widen import widen_file
 
 
@@ -44,9 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BildError as error:
-        sys.exit(f"widen: {error}")
-    except KeyboardInterrupt:
-        sys.exit("widen: interrupted")
+    run("widen", main)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import BildError
 from ..models.t5_config import T5Config, from_namespace
+from ..plugin.light import for_inference
 from .hf_folder import read_config, read_sentinels, read_tensors, safetensors_library
 from .t5_vocabulary import Vocabulary, read_vocabulary
 
@@ -250,21 +251,7 @@ def to_hf(arch: T5Config, model: Mapping[str, Tensor], vocabulary: Vocabulary, s
 def checkpoint(model: Mapping[str, Tensor], arch: T5Config) -> dict[str, Any]:
     """A fairseq checkpoint of a model that fairseq has not trained; fairseq completes its configuration on loading."""
     args = argparse.Namespace(arch="t5", task="translation", **dataclasses.asdict(arch))
-    history = {
-        "criterion_name": "CrossEntropyCriterion",
-        "optimizer_name": "FairseqAdam",
-        "lr_scheduler_state": {},
-        "num_updates": 0,
-    }
-    return {
-        "args": args,
-        "cfg": None,
-        "model": dict(model),
-        "optimizer_history": [history],
-        "extra_state": {"epoch": 0},
-        "task_state": {},
-        "last_optimizer_state": None,
-    }
+    return for_inference({"args": args}, dict(model))
 
 
 def _size(embedding: Tensor, tensors: Mapping[str, Tensor]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from torch import nn
 
 from ..engines.base import Engine, Pass, State
 from ..errors import BildError
+from .timing import timed
 
 NEW_TOKENS = (1, 2, 3, 4, 5, 6, 8, 16)
 SOURCE_TOKENS = 24
@@ -177,13 +177,7 @@ def _in_turns(runs: dict[int, Callable[[], Any]], repeats: int, device: str) -> 
 
 
 def _milliseconds(run: Callable[[], Any], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
+    return 1000 * timed(run, device == "cuda")[1]
 
 
 def conditions(engine: Engine, model: nn.Module, repeats: int) -> str:

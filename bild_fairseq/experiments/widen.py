@@ -32,6 +32,7 @@ from ..errors import BildError
 from ..models import EarlyExitBARTModel, EarlyExitTransformerModel
 from ..plugin.checkpoints import read
 from ..plugin.files import replacing
+from ..plugin.light import for_inference
 
 # Parts of a model whose options Hydra's configurations may keep apart: "encoder_layers", or "encoder": {"layers": ...}.
 _PARTS = ("encoder", "decoder", "quant_noise")
@@ -305,24 +306,7 @@ def _for_inference(
     for config in _configs({"args": args, "cfg": cfg}):
         for name, value in changes.items():
             _set_option(_entries(config), name, value)
-    history = (state.get("optimizer_history") or [{}])[-1]
-    return {
-        "args": args,
-        "cfg": cfg,
-        "model": weights,
-        "criterion": None,
-        "optimizer_history": [
-            {
-                "criterion_name": history.get("criterion_name", "CrossEntropyCriterion"),
-                "optimizer_name": history.get("optimizer_name", "FairseqAdam"),
-                "lr_scheduler_state": {},
-                "num_updates": history.get("num_updates", 0),
-            }
-        ],
-        "task_state": state.get("task_state", {}),
-        "extra_state": {"epoch": 1},
-        "last_optimizer_state": None,
-    }
+    return {**for_inference(state, weights), "args": args, "cfg": cfg, "task_state": state.get("task_state", {})}
 
 
 def _set_option(entries: dict[str, Any], name: str, value: Any) -> None:

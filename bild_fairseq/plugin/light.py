@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -48,22 +48,34 @@ def write_light(paths: Sequence[Path], out: Path, half: bool = True, keep_folder
         if state["model"].keys() != newest["model"].keys():
             raise BildError(f"{path}: its model has other weights than that in {paths[0]}")
     options = {name: newest.get(name) for name in ("args", "cfg")}
-    history = {**(newest.get("optimizer_history") or [{"num_updates": 0}])[-1], "lr_scheduler_state": {}}
-    epoch = newest.get("extra_state", {}).get("train_iterator", {}).get("epoch", 1)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         torch.save(
             {
+                **for_inference(newest, mean([state["model"] for state in states], half)),
                 **(options if keep_folders else _without_folders(options)),
-                "model": mean([state["model"] for state in states], half),
-                "criterion": None,
-                "optimizer_history": [history],
-                "task_state": {},
-                "extra_state": {"epoch": epoch},
-                "last_optimizer_state": None,
             },
             temporary,
         )
+
+
+def for_inference(state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a fairseq checkpoint must hold to be loaded for inference: the given weights, and all else of ``state``."""
+    extra_state = state.get("extra_state") or {}
+    return {
+        "args": state.get("args"),
+        "cfg": state.get("cfg"),
+        "model": weights,
+        "criterion": None,
+        "optimizer_history": [{"num_updates": 0, **_last(state.get("optimizer_history")), "lr_scheduler_state": {}}],
+        "task_state": {},
+        "extra_state": {"epoch": extra_state.get("train_iterator", {}).get("epoch", 1)},
+        "last_optimizer_state": None,
+    }
+
+
+def _last(history: Sequence[dict[str, Any]] | None) -> dict[str, Any]:
+    return history[-1] if history else {}
 
 
 def last_epochs(save_dir: Path, count: int) -> list[Path]:
