@@ -99,7 +99,8 @@ def main() -> None:
         print(conclusion)
     if args.json:
         found = {"arguments": vars(args), "device": device, "peak_memory_kib": peak, "signature": scorer.signature}
-        write_text(args.json, json.dumps(found | {"rows": rows}, indent=1) + "\n")
+        found |= {"large_weights": models.large_weights(), "rows": rows}
+        write_text(args.json, json.dumps(found, indent=1) + "\n")
     if args.plot:
         figures.plot(systems, batches, args.plot)
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Draws what sweep.py and rounds.py have written.
+"""Draws what sweep.py, rounds.py and benchmark.py have written.
 
   plot.py curve SWEEP...        quality against time or speedup: a curve a method, the Pareto front, ablations
   plot.py lengths ROUNDS...     how many drafted tokens a call of the large model accepts
+  plot.py sizes BENCHMARK...    speedup over greedy decoding against the size of the large model
   plot.py tokens ROUNDS         a page that shows who wrote which token of each sentence
 
 Figures can be read in black and white: methods differ in marker and line, and the page in strokes and weight.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 
 from bild_fairseq.errors import BildError
-from bild_fairseq.experiments import plots, plots_curve, plots_lengths, plots_tokens
+from bild_fairseq.experiments import plots, plots_curve, plots_lengths, plots_sizes, plots_tokens
 from bild_fairseq.experiments.commandline import quiet, run
 from bild_fairseq.plugin.files import write_text
 
@@ -27,10 +28,17 @@ def parse_args() -> argparse.Namespace:
     curve.add_argument("--labels", action="store_true", help="write the thresholds at the Pareto front")
     lengths = commands.add_parser("lengths", help="distribution of the accepted drafts a call")
     lengths.add_argument("rounds", nargs="+", metavar="ROUNDS", help="file of rounds.py")
+    sizes = commands.add_parser("sizes", help="speedup against the size of the large model")
+    sizes.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help="file of benchmark.py --json, one a size")
     tokens = commands.add_parser("tokens", help="who wrote which token")
     tokens.add_argument("rounds", metavar="ROUNDS", help="file of rounds.py")
     tokens.add_argument("--sentences", type=int, default=50, help="how many, from the first on (default: 50)")
-    for command, kind in ((curve, "PNG, PDF or SVG"), (lengths, "PNG, PDF or SVG"), (tokens, "HTML")):
+    for command, kind in (
+        (curve, "PNG, PDF or SVG"),
+        (lengths, "PNG, PDF or SVG"),
+        (sizes, "PNG, PDF or SVG"),
+        (tokens, "HTML"),
+    ):
         command.add_argument("--out", required=True, help=f"{kind} file")
         command.add_argument("--title", default="", help="over the figure")
     return parser.parse_args()
@@ -46,6 +54,10 @@ def lengths(args: argparse.Namespace) -> None:
     plots.save(plots_lengths.draw(settings, args.title), args.out)
 
 
+def sizes(args: argparse.Namespace) -> None:
+    plots.save(plots_sizes.draw(plots_sizes.curves(args.benchmarks), args.title), args.out)
+
+
 def tokens(args: argparse.Namespace) -> None:
     if args.sentences < 1:
         raise BildError(f"--sentences {args.sentences}: must be 1 or more")
@@ -59,7 +71,7 @@ def tokens(args: argparse.Namespace) -> None:
 def main() -> None:
     quiet()
     args = parse_args()
-    {"curve": curve, "lengths": lengths, "tokens": tokens}[args.command](args)
+    {"curve": curve, "lengths": lengths, "sizes": sizes, "tokens": tokens}[args.command](args)
     print(args.out)
 
 

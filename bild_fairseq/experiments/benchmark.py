@@ -134,6 +134,10 @@ class Competition:
         """All models that were given."""
         return [pair for pair in (self._large, self._small, self._early) if pair is not None]
 
+    def large_weights(self) -> int:
+        """How many weights the large model has; one that several parts share counts once."""
+        return sum(weight.numel() for model in self._large.large for weight in model.parameters())
+
     def systems(self, names: Sequence[str]) -> list[System]:
         """The systems of some names, at every precision and setting that they can have."""
         return [system for name in names for system in self._systems(name)]

@@ -10,13 +10,12 @@ from typing import Any
 from ..decoding.counters import total
 from ..errors import BildError
 from ..plugin.files import replacing
-from .plots import COLORS, pyplot
+from .plots import COLORS, MARKERS, pyplot
 from .systems import System
 from .timing import percentile90, ratio
 
 Row = dict[str, Any]
 BASELINES = ("fairseq --beam 1", "greedy", "ctranslate2-float32", "ctranslate2-int8")
-MARKERS = ["o", "s", "^", "D", "v", "P"]
 
 
 def rows_of(

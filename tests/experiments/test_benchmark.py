@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 from cli_support import Corpus
+from fairseq import checkpoint_utils
 from script_support import refused, run_script
 
 from bild_fairseq.errors import BildError
@@ -27,7 +28,10 @@ def test_every_system_is_measured(corpus, tmp_path):
     models = ["--small", corpus.small, "--early-exit", exits, "--bild", "0.6,2", "--bild", "0.3,1,end"]
     more = ["--precision", "float32,float32+int8", "--floor", "--json", figures_file, "--plot", picture]
     run = run_script(corpus, "benchmark", *arguments(corpus, *models, *more))
-    rows = {row["system"]: row for row in json.loads(figures_file.read_text())["rows"]}
+    written = json.loads(figures_file.read_text())
+    rows = {row["system"]: row for row in written["rows"]}
+    model = checkpoint_utils.load_model_ensemble([str(corpus.large)])[0][0]
+    assert written["large_weights"] == sum(weight.numel() for weight in model.parameters())
     both = ["bild (0.6,2)", "bild (0.3,1,end)", "bild lossless"]
     assert list(rows) == [
         *("fairseq --beam 1", "fairseq --beam 5", "greedy", "small alone"),

@@ -10,7 +10,7 @@ import pytest
 from script_support import refused, run_script
 
 from bild_fairseq.errors import BildError
-from bild_fairseq.experiments import plots, plots_curve, plots_lengths, plots_tokens
+from bild_fairseq.experiments import plots, plots_curve, plots_lengths, plots_sizes, plots_tokens
 
 Row = dict[str, Any]
 
@@ -203,8 +203,40 @@ def test_an_entity_of_several_pieces_is_one_character():
     assert plots_tokens.unescape(["a &am", "p; b", "&quot;&lt;", "&", "apos ;"]) == ["a &", " b", '"<', "&", "apos ;"]
 
 
+def benchmark_file(path: Path, weights: int, **speedups: float) -> Path:
+    """A file of benchmark.py, with the speedups of some systems over greedy decoding."""
+    rows = [
+        {
+            "system": name,
+            "large_calls": 1,
+            "small_calls": 1,
+            "speedup_over_greedy": [speedup, speedup - 0.1, speedup + 0.1],
+        }
+        for name, speedup in speedups.items()
+    ]
+    greedy = {"system": "greedy", "large_calls": 1, "small_calls": 0, "speedup_over_greedy": [1.0, 1.0, 1.0]}
+    path.write_text(json.dumps({"large_weights": weights, "rows": [greedy, *rows]}))
+    return path
+
+
+def test_speedups_are_drawn_by_size_whatever_the_order_of_files(tmp_path):
+    """Systems without a small model are left out; a size that lacks a system has no point of it."""
+    big = benchmark_file(tmp_path / "big.json", 149_000_000, bild=2.0, exit=1.5)
+    small = benchmark_file(tmp_path / "small.json", 10_000_000, bild=0.9)
+    found = plots_sizes.curves([str(big), str(small)])
+    assert found == {"bild": [(10.0, (0.9, 0.8, 1.0)), (149.0, (2.0, 1.9, 2.1))], "exit": [(149.0, (1.5, 1.4, 1.6))]}
+    axes = plots_sizes.draw(found, "title").axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["bild", "exit"]
+    assert any(list(line.get_xydata()[:, 1]) == [0.9, 2.0] for line in axes.get_lines())
+    with pytest.raises(BildError, match="same size"):
+        plots_sizes.curves([str(big), str(big)])
+    with pytest.raises(BildError, match="both greedy decoding and BiLD"):
+        plots_sizes.curves([str(benchmark_file(tmp_path / "none.json", 1))])
+
+
 def test_the_script_writes_what_is_drawn(corpus, sweep, rounds_file, tmp_path):
     figures = [("curve", sweep, "curve.svg", "--labels"), ("lengths", rounds_file, "lengths.png")]
+    figures.append(("sizes", benchmark_file(tmp_path / "benchmark.json", 10, bild=2.0), "sizes.png"))
     for command, path, name, *more in [*figures, ("tokens", rounds_file, "tokens.html")]:
         out = tmp_path / name
         assert run_script(corpus, "plot", command, path, "--out", out, *more).out == f"{out}\n"
