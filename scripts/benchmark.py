@@ -34,7 +34,13 @@ from bild_fairseq.plugin.files import write_text
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_data_arguments(parser, subset="test")
-    parser.add_argument("--small", help="checkpoint of the small model")
+    parser.add_argument(
+        "--small",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="checkpoint of the small model; repeat for several, aligned and unaligned for instance",
+    )
     parser.add_argument("--early-exit", help="checkpoint of an early-exit model")
     parser.add_argument("--exit-layer", type=int, help="its exit (default: the lowest)")
     add_search_arguments(parser)

@@ -14,7 +14,7 @@ from ..errors import BildError
 from ..plugin.pair import Pair
 from .arguments import check_positive, search_options
 from .ctranslate2_system import ctranslate2_system
-from .pairs import parse_precision, with_exit
+from .pairs import check_names, named, parse_precision, with_exit
 from .settings import parse_policy
 from .systems import System, ours, stock
 
@@ -65,6 +65,7 @@ def check(args: argparse.Namespace) -> None:
     """
     chosen_systems(args)
     precisions(args)
+    check_names([named(item, "--small")[0] for item in args.small])
     check_positive(args, "max_draft", "ctranslate2_threads")
     policies([*(args.bild or ()), *(args.exit or ()), f"{args.lossless_fallback},0"], args.max_draft)
 
@@ -125,14 +126,15 @@ class Competition:
         first, _ = next(iter(self._precisions.values()))
         options = {"alone": True, "precision": first, "cuda": args.cuda, "fp16": args.fp16}
         self._large = early = Pair.load(args.large, task=task, **options)
-        self._small = self._large.drafted_by(args.small, task) if args.small else None
+        small = [named(item, "--small") for item in args.small]
+        self._small = {name: self._large.drafted_by(path, task) for name, path in small}
         if args.early_exit and args.early_exit != args.large:
             early = Pair.load(args.early_exit, task=task, **options)
         self._early = with_exit(early, args.exit_layer) if args.early_exit else None
 
     def pairs(self) -> list[Pair]:
         """All models that were given."""
-        return [pair for pair in (self._large, self._small, self._early) if pair is not None]
+        return [self._large, *self._small.values(), *([self._early] if self._early else [])]
 
     def large_weights(self) -> int:
         """How many weights the large model has; one that several parts share counts once."""
@@ -149,18 +151,26 @@ class Competition:
             return [stock(self._large.large, self._task, 5 if name == "fairseq-beam5" else 1, self._search)]
         if name == "greedy":
             return self._ours("greedy", self._large)
-        pair = self._early if name.startswith("exit") else self._small
-        what = f"exit {pair.exit_layer}" if name.startswith("exit") else name
-        if name == "exit-full":
+        if name.startswith("exit"):
+            return self._drafted(name.removeprefix("exit-"), self._early, f"exit {self._early.exit_layer}")
+        return [
+            system
+            for label, pair in self._small.items()
+            for system in self._drafted(name, pair, "bild", f", {label}" if len(self._small) > 1 else "")
+        ]
+
+    def _drafted(self, name: str, pair: Pair, what: str, label: str = "") -> list[System]:
+        """The systems of one pair; the label tells it from other pairs."""
+        if name == "full":
             return self._ours("early-exit model, full depth", pair.greedy())
-        if name in ("small", "exit-alone"):
-            return self._ours(f"{what} alone", pair.small_alone())
-        if name in ("lossless", "exit-lossless"):
+        if name in ("small", "alone"):
+            return self._ours(f"{'small' if pair.small else what} alone{label}", pair.small_alone())
+        if name == "lossless":
             lossless = Policy(self._args.lossless_fallback, 0.0, self._args.max_draft, verify_end=True)
-            return self._ours("bild lossless" if pair.small else f"{what} lossless", pair, lossless)
+            return self._ours(f"{what} lossless{label}", pair, lossless)
         settings = self._args.bild if pair.small else self._args.exit or self._args.bild
         chosen = policies(settings, self._args.max_draft)
-        return [one for text, policy in chosen.items() for one in self._ours(f"{what} ({text})", pair, policy)]
+        return [one for text, policy in chosen.items() for one in self._ours(f"{what} ({text}){label}", pair, policy)]
 
     def _ours(self, name: str, pair: Pair, policy: Policy | None = None) -> list[System]:
         """A system of this package at every precision that it can have."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from fairseq.tasks import FairseqTask
@@ -60,12 +61,9 @@ def load_pairs(task: FairseqTask, args: argparse.Namespace) -> dict[str, Pair]:
         raise BildError(
             f"--precision {args.precision}: an exit has the large model's precision; leave +{small_precision} out"
         )
-    small = [_named(item, "--small") for item in args.small]
-    exits = [_named(item, "--early-exit") for item in args.early_exit]
-    names = [name for name, _ in small + exits]
-    for name in names:
-        if names.count(name) > 1:
-            raise BildError(f"two models are called {name}; write NAME=PATH with another name")
+    small = [named(item, "--small") for item in args.small]
+    exits = [named(item, "--early-exit") for item in args.early_exit]
+    check_names([name for name, _ in small + exits])
     options = {"alone": True, "precision": precision, "cuda": args.cuda, "fp16": args.fp16}
     large = {args.large: Pair.load(args.large, task=task, **options)}
     pairs = {name: with_small(large[args.large], path, task, small_precision) for name, path in small}
@@ -77,7 +75,23 @@ def load_pairs(task: FairseqTask, args: argparse.Namespace) -> dict[str, Pair]:
     return pairs
 
 
-def _named(item: str, option: str) -> tuple[str, str]:
+def check_names(names: Sequence[str]) -> None:
+    """Refuses two models of the same name.
+
+    Raises:
+        BildError: it names them.
+    """
+    for name in names:
+        if names.count(name) > 1:
+            raise BildError(f"two models are called {name}; write NAME=PATH with another name")
+
+
+def named(item: str, option: str) -> tuple[str, str]:
+    """The name and the path in NAME=PATH; the name is that of the file where none is given.
+
+    Raises:
+        BildError: one of the two is empty.
+    """
     name, equals, path = item.partition("=")
     if not equals:
         name, path = Path(item).stem, item

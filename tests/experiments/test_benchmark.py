@@ -50,9 +50,23 @@ def test_every_system_is_measured(corpus, tmp_path):
     assert picture.read_text().lstrip().startswith("<?xml")
 
 
+def test_several_small_models_are_told_apart_by_their_names(corpus, tmp_path):
+    """The large model as its own small one never hands over, so its rows show which model drafted in which row."""
+    figures_file = tmp_path / "figures.json"
+    models = ["--small", f"plain={corpus.small}", "--small", f"twin={corpus.large}", "--lossless-fallback", 0]
+    systems = ["--systems", "greedy,lossless,small", "--json", figures_file]
+    run_script(corpus, "benchmark", *arguments(corpus, *models, *systems))
+    rows = {row["system"]: row for row in json.loads(figures_file.read_text())["rows"]}
+    both = [f"{name}, {label}" for name in ("bild lossless", "small alone") for label in ("plain", "twin")]
+    assert list(rows) == ["greedy", *both]
+    assert rows["bild lossless, twin"]["rollbacks"] == 0 < rows["bild lossless, plain"]["rollbacks"]
+    assert rows["small alone, twin"]["differ_from_greedy"] == rows["bild lossless, plain"]["differ_from_greedy"] == 0
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--small", "SMALL", "--small", "other=SMALL", "--small", "other=SMALL"], "two models are called other"),
         (["--early-exit", "LARGE"], "LARGE: the model has no exits"),
         (["--systems", "greedy,bild"], "--systems bild: unknown, or its model was not given"),
         (["--precision", "float32,int4"], "--precision int4: choose from"),
