@@ -98,6 +98,11 @@ def add_training_arguments(group: argparse._ArgumentGroup) -> None:
         "so that it runs in the first epoch only; 32 loses little (default: 0, all words in every epoch)",
     )
     add("--epochs", type=int, default=Default.epochs, help="passes over the calibration set (default: 10)")
+    on_policy_help = (
+        "so many passes more, at half the learning rate, over what both models write together at --fallback and "
+        "--rollback: the small model learns what the large one predicts after the small one's own words (default: 0)"
+    )
+    add("--on-policy", type=int, default=Default.on_policy, metavar="EPOCHS", help=on_policy_help)
     add("--lr", type=float, default=Default.lr, help="learning rate, which falls to 0 (default: 1e-3)")
     add("--max-tokens", type=int, default=Default.max_tokens, help="tokens a batch (default: 4000)")
     add("--dropout", type=float, default=Default.dropout, help="of the small model (default: 0)")

@@ -40,12 +40,23 @@ class WordDistillationCrossEntropyConfig(FairseqDataclass):
             "bytes each, so that the large model reads every sentence once (0: all words, read in every epoch)"
         },
     )
+    teacher_choice: bool = field(
+        default=False,
+        metadata={
+            "help": "learn the large model's first choice at each position instead of the text's word: for texts that "
+            "the large model has not written itself"
+        },
+    )
     sentence_avg: bool = II("optimization.sentence_avg")
 
 
 @register_criterion(NAME, dataclass=WordDistillationCrossEntropyConfig)
 class WordDistillationCrossEntropyCriterion(FairseqCriterion):
     """(1 - w) times the cross-entropy with the targets plus w times the divergence from the teacher.
+
+    With ``--teacher-choice`` the target at each position is the teacher's most probable word after the text so far. A
+    text that the trained model has written then shows where it goes, and is not learned itself: on-policy distillation
+    (Agarwal et al., *On-Policy Distillation of Language Models*, ICLR 2024).
 
     The divergence is that of Kullback and Leibler from the teacher's distribution, given the source and the target
     words so far, to the trained model's. With ``--teacher-top`` the teacher's distribution is that of its most
@@ -61,7 +72,7 @@ class WordDistillationCrossEntropyCriterion(FairseqCriterion):
             fit the data.
     """
 
-    def __init__(self, task, sentence_avg, teacher_path, teacher_weight, teacher_top=0):
+    def __init__(self, task, sentence_avg, teacher_path, teacher_weight, teacher_top=0, teacher_choice=False):
         super().__init__(task)
         if not 0 <= teacher_weight <= 1:
             raise BildError(f"--teacher-weight {teacher_weight}: give a weight from 0 to 1")
@@ -72,6 +83,7 @@ class WordDistillationCrossEntropyCriterion(FairseqCriterion):
         self.sentence_avg = sentence_avg
         self.teacher_weight = teacher_weight
         self.teacher_top = min(teacher_top, len(task.target_dictionary))
+        self.teacher_choice = teacher_choice
         # Sentence pair -> the teacher's most probable words and their probabilities, (time, top) each.
         self._remembered: dict[tuple[bytes, bytes], tuple[torch.Tensor, torch.Tensor]] = {}
         # Held in a list, so that it is no submodule: its weights are neither trained nor saved.
@@ -102,9 +114,10 @@ class WordDistillationCrossEntropyCriterion(FairseqCriterion):
         kept = target.ne(self.padding_idx)  # (batch, time)
         logits = _logits(model, sample, kept)
         normalizer = logits.logsumexp(-1)
-        target_logits = logits.gather(1, target[kept][:, None]).squeeze(1)
-        nll_loss = normalizer - target_logits
         words, probs, negative_entropy = self._teacher_words(model, sample, kept)
+        wanted = _first_choice(words, probs) if self.teacher_choice else target[kept][:, None]
+        target_logits = logits.gather(1, wanted).squeeze(1)
+        nll_loss = normalizer - target_logits
         learned = logits if words is None else logits.gather(1, words)
         kl = negative_entropy + normalizer * probs.sum(-1) - (probs * learned).sum(-1)
         loss = (1 - self.teacher_weight) * nll_loss + self.teacher_weight * kl
@@ -168,6 +181,11 @@ class WordDistillationCrossEntropyCriterion(FairseqCriterion):
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         return True
+
+
+def _first_choice(words, probs):
+    """The most probable word at each position, (tokens, 1), of what :meth:`_teacher_words` gives."""
+    return probs.argmax(-1, keepdim=True) if words is None else words[:, :1]  # remembered words begin with the best
 
 
 def _without(tokens, padding):

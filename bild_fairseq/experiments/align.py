@@ -1,24 +1,20 @@
 """Prediction alignment: a small model is trained on what the large model writes (Kim et al., section 3.5).
 
 The large model translates training and validation sources greedily; sources and translations are the calibration set;
-the small model is trained on with it, and measured against what it was. All of it is kept in the work folder.
+the small model is trained on with it, on request also with what both models write together (on-policy distillation:
+Agarwal et al., ICLR 2024; DistillSpec: Zhou et al., ICLR 2024), and measured against what it was. All of it is kept in
+the work folder.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import os
 import random
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq import tasks
-from fairseq.checkpoint_utils import load_checkpoint_to_cpu
-from fairseq.tasks import FairseqTask
 
 from ..decoding.policies import Policy
 from ..errors import BildError
@@ -26,36 +22,16 @@ from ..plugin.checkpoints import load_large, load_small
 from ..plugin.files import write_text
 from ..plugin.light import write_light
 from ..plugin.pair import Pair
-from . import train_flags
 from .align_options import AlignOptions
 from .align_report import WHEN, agreement, figures
-from .calibration_set import CalibrationSet, Limits, data_file, languages
+from .align_training import Say, Train, Training, fairseq_train
+from .calibration_set import CalibrationSet, Limits, languages, task_like
 from .data import load_subset, make_batches, make_task
 from .files import file_digest
-from .processes import run_program
 from .scoring import Scorer
 from .systems import Run, System, ours
 from .timing import measure
 from .work_folder import begin, locked
-
-Say = Callable[[str], None]  # gets a line for the person at the terminal
-Train = Callable[[Sequence[str], Say], int]  # runs fairseq-train with some flags, and returns its exit status
-
-
-def fairseq_train(flags: Sequence[str], say: Say) -> int:
-    """Runs fairseq-train, with this package loaded, as a program that ends with this one.
-
-    Args:
-        flags: without ``--user-dir``.
-        say: gets its progress and warnings, a line each.
-
-    Returns:
-        its exit status.
-    """
-    # glibc would return the large arrays of every update to the system and have them zeroed anew for the next one.
-    keep_memory = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
-    command = [sys.executable, "-m", f"{__package__}.train_program", str(os.getpid()), *flags]
-    return run_program(command, say, keep_memory | os.environ)
 
 
 class Alignment:
@@ -77,14 +53,11 @@ class Alignment:
         self.task = make_task(options.data, options.source_lang, options.target_lang, options.truncate_source)
         for subset in (options.subset, options.valid_subset):
             load_subset(self.task, subset)
-        self._training = options.work / "training"
-        pair = self._pair(options.small)
-        self._limits = limits_of(pair)
-        self._small_config = load_checkpoint_to_cpu(str(options.small))["cfg"]["model"]
-        self._calibration = CalibrationSet(
-            options.work / "calibration", self.task, options, self._limits, self._load_large, say
-        )
-        self._train_flags()
+        self._limits = limits_of(self._pair(options.small))
+        self._calibration = self._calibration_set("calibration", "the large model", self._load_large)
+        self._on_policy_set = self._calibration_set("on-policy", "the pair", self._load_trained)
+        self._training = self._new_training("training", self._calibration)
+        self._on_policy = self._new_training("training-on-policy", self._on_policy_set)
         self._report_ids = self._sample(options.valid_subset, options.sentences)
         self._scorer = Scorer(self.task, options.valid_subset, self._report_ids, options.score)
 
@@ -96,9 +69,9 @@ class Alignment:
         """
         with locked(self.options.work, "--work"):
             self.calibrate()
-            self.train()
-            best = self._training / "checkpoint_best.pt"
-            checkpoint = best if best.exists() else self._training / "checkpoint_last.pt"
+            checkpoint = self.train()
+            if self.options.on_policy:
+                checkpoint = self.train_on_policy(checkpoint)
             write_light([checkpoint], self.options.out, half=self.options.half, keep_folders=True)
             return self.measure()
 
@@ -116,36 +89,27 @@ class Alignment:
             }
         )
 
-    def train(self) -> None:
-        """Trains the small model on with the calibration set; goes on from its last epoch."""
-        options = self.options
-        calibration = [data_file(self._calibration.data, self.task, "train", side) for side in languages(self.task)]
-        settings = {"--small": file_digest(options.small), "calibration set": digest(*map(binary, calibration))}
-        settings |= options.flags("distill", "distill_top", "epochs", "lr", "max_tokens", "dropout", "seed")
-        begin(self._training, settings | {"flags after --": " ".join(options.train_flags)})
-        done = self._training / "done"
-        if done.exists():
-            return
-        flags = self._train_flags()
-        status = self._train([*flags, *self._flags_for_data(flags)], self._say)
-        if status:
-            raise BildError(f"fairseq-train ended with status {status}; its log is {self._training / 'train.log'}")
-        done.touch()
+    def train(self) -> Path:
+        """Trains the small model on with the calibration set; returns the checkpoint."""
+        self._training.run(self.options.small)
+        return self._training.checkpoint
 
-    def _flags_for_data(self, flags: Sequence[str]) -> list[str]:
-        """The flags of fairseq-train that depend on the sentences of the calibration set: schedule and limits."""
-        parsed = train_flags.parse(flags)
-        plan = train_flags.plan(task_like(self.task, self._calibration.data), parsed)
-        if plan.left_out:
-            too_long = f"{plan.left_out} sentences have more than --max-tokens {parsed.max_tokens} tokens"
-            self._say(f"calibration set: {too_long}; fairseq-train leaves them out")
-        more: list[str] = []
-        if parsed.max_tokens_valid is not None and plan.longest_valid > parsed.max_tokens_valid:
-            more += ["--max-tokens-valid", str(plan.longest_valid)]
-        if "--lr-scheduler" not in self.options.train_flags:
-            more += ["--lr-scheduler", "polynomial_decay", "--total-num-update", str(plan.updates)]
-            more += ["--warmup-updates", str(max(1, plan.updates // 20))]
-        return more
+    def train_on_policy(self, trained: Path) -> Path:
+        """Lets both models write the sources together, and trains the small one on with that; returns the checkpoint.
+
+        Under BiLD the small model goes on after tokens of its own that the large one would not have written but lets
+        stand. Text of the large model alone never shows it what the large model predicts there. Drafted tokens after
+        a rejected one are no part of the text: whatever they are, a rollback removes them.
+
+        Args:
+            trained: the small model so far.
+        """
+        settings = {"the trained model": file_digest(trained), "calibration set": self._calibration.digest()}
+        settings |= self.options.flags("fallback", "rollback", "max_draft", "verify_end", "part")
+        begin(self._on_policy_set.folder, settings)
+        self._on_policy_set.rewrite(self._calibration)
+        self._on_policy.run(trained)
+        return self._on_policy.checkpoint
 
     def measure(self) -> dict[str, Any]:
         """Agreement, rates and speed with the small model before and after; a report that is there is read back."""
@@ -178,7 +142,7 @@ class Alignment:
             name: agreement(pair.small[0], outputs.dataset("valid"), options.cuda) for name, pair in pairs.items()
         }
         policies = {
-            "bild": Policy(options.fallback, options.rollback, options.max_draft, verify_end=options.verify_end),
+            "bild": options.policy(),
             "lossless": Policy(options.lossless_fallback, 0.0, options.max_draft, verify_end=True),
         }
         greedy = self._system("greedy", before.greedy())
@@ -201,32 +165,19 @@ class Alignment:
         pair = Pair.load(str(self.options.large), task=self.task, alone=True, cuda=self.options.cuda)
         return self._system("greedy", pair).run
 
+    def _load_trained(self) -> Run:
+        return self._system("bild", self._pair(self._training.checkpoint), self.options.policy()).run
+
+    def _calibration_set(self, folder: str, writer: str, load_writer: Callable[[], Run]) -> CalibrationSet:
+        path = self.options.work / folder
+        return CalibrationSet(path, self.task, self.options, self._limits, writer, load_writer, self._say)
+
+    def _new_training(self, folder: str, calibration: CalibrationSet) -> Training:
+        on_policy, path = calibration is self._on_policy_set, self.options.work / folder
+        return Training(self.options, self.task, path, calibration, on_policy, self._train, self._say)
+
     def _system(self, name: str, pair: Pair, policy: Policy | None = None) -> System:
         return ours(name, pair, self.task, self.options.search, policy)
-
-    def _train_flags(self) -> list[str]:
-        """The flags of fairseq-train, but for a schedule that depends on the number of batches."""
-        options = self.options
-        flags = [
-            *(self._calibration.data, "--task", "translation", "-s", languages(self.task)[0]),
-            *("-t", languages(self.task)[1], *train_flags.model_flags(self._small_config)),
-            *("--finetune-from-model", options.small, "--save-dir", self._training, "--no-epoch-checkpoints"),
-            *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--clip-norm", 1.0, "--lr", options.lr),
-            *("--dropout", options.dropout, "--max-tokens", options.max_tokens, "--max-epoch", options.epochs),
-            *("--seed", options.seed, "--required-batch-size-multiple", 1, "--log-format", "simple"),
-            # The target is the large model's own choice, so accuracy is agreement.
-            *("--best-checkpoint-metric", "accuracy", "--maximize-best-checkpoint-metric"),
-            *("--log-file", self._training / "train.log"),
-        ]
-        if options.distill:
-            flags += ["--criterion", "word_distillation_cross_entropy"]
-            flags += ["--teacher-path", options.large, "--teacher-weight", options.distill]
-            flags += ["--teacher-top", options.distill_top]
-        else:
-            flags += ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0, "--report-accuracy"]
-        flags = [*map(str, flags), *["--cpu"] * options.cpu, *options.train_flags]
-        train_flags.check_model(train_flags.parse(flags), self._small_config)
-        return flags
 
     def _sample(self, subset: str, count: int | None) -> list[int]:
         """Sentences that both models can read, in order: all of them, or ``count`` drawn at random."""
@@ -254,18 +205,6 @@ def limits_of(pair: Pair) -> Limits:
         # A text of the large model's greatest length would leave no room for its end symbol.
         min(large.max_positions()[1] - 1, small.max_positions()[1]),
     )
-
-
-def task_like(task: FairseqTask, data: Path) -> FairseqTask:
-    """The same task with another data folder."""
-    config = copy.deepcopy(task.cfg)
-    config.data = str(data)
-    return tasks.setup_task(config)
-
-
-def binary(prefix: Path) -> Path:
-    """The file with the tokens of one side of a subset."""
-    return Path(f"{prefix}.bin")
 
 
 def digest(*paths: Path) -> str:

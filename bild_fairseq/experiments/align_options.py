@@ -35,6 +35,7 @@ class AlignOptions:
         generate_tokens: tokens of a batch that is generated.
         search: limits of what the large model writes.
         distill, distill_top, epochs, lr, max_tokens, dropout: of the training.
+        on_policy: epochs of a second training, with what both models write together; 0 for none.
         train_flags: flags of fairseq-train that win over these.
         sentences, batch_size, fallback, rollback, max_draft, verify_end, lossless_fallback: what is measured.
         score: quality of what is measured.
@@ -72,6 +73,7 @@ class AlignOptions:
     lr: float = 1e-3
     max_tokens: int = 4000
     dropout: float = 0.0
+    on_policy: int = 0
     train_flags: Sequence[str] = ()
 
     sentences: int = 100
@@ -100,6 +102,8 @@ class AlignOptions:
                 raise BildError(f"{flag(name)} {getattr(self, name)}: give a number above 0")
         if self.distill_top < 0:
             raise BildError(f"--distill-top {self.distill_top}: give a number of words, 0 for all")
+        if self.on_policy < 0:
+            raise BildError(f"--on-policy {self.on_policy}: give a number of epochs, 0 for none")
         if self.splice < 0:
             raise BildError(f"--splice {self.splice}: give a number of sources, 0 for none")
         # The class is frozen: a default that depends on another field is set like this.
@@ -120,6 +124,10 @@ class AlignOptions:
                 raise BildError(f"{flag(name)} {path}: cannot write there, that is a folder; name a file")
             try_folder(flag(name), path.parent)
         try_folder("--work", self.work)
+
+    def policy(self) -> Policy:
+        """The policy that is measured, and that both models write with for ``on_policy``."""
+        return Policy(self.fallback, self.rollback, self.max_draft, verify_end=self.verify_end)
 
     def flags(self, *names: str) -> dict[str, object]:
         """Some settings, or limits of the search, under the names of their flags: what a step depends on."""

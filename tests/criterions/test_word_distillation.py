@@ -34,8 +34,8 @@ class Setting:
         dataset = self.task.dataset("valid")
         return dataset.collater([dataset[i] for i in rows])
 
-    def criterion(self, weight=0.5, sentence_avg=False, top=0):
-        return WordDistillationCrossEntropyCriterion(self.task, sentence_avg, self.path, weight, top)
+    def criterion(self, weight=0.5, sentence_avg=False, top=0, choice=False):
+        return WordDistillationCrossEntropyCriterion(self.task, sentence_avg, self.path, weight, top, choice)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,21 @@ def test_the_most_probable_words_by_hand(setting):
     wanted = (probs * (probs.log() - student.log_softmax(-1).gather(1, words))).sum()
     log = setting.criterion(top=3)(setting.student, sample)[2]
     assert log["teacher_kl"] == pytest.approx(wanted.item(), rel=2e-3)
+
+
+@pytest.mark.parametrize("top", [0, 3])
+def test_the_teachers_choice_replaces_the_text(setting, top):
+    """On a text that is not the teacher's: words of the text itself have no part in the loss."""
+    sample = setting.sample()
+    sample["target"] = sample["target"].flip(0)
+    sample["net_input"]["prev_output_tokens"] = sample["net_input"]["prev_output_tokens"].flip(0)
+    kept = sample["target"] != setting.task.target_dictionary.pad()
+    student, teacher = (model(**sample["net_input"])[0][kept] for model in (setting.student, setting.teacher))
+    assert teacher.argmax(-1).ne(sample["target"][kept]).any()
+    wanted = F.cross_entropy(student, teacher.argmax(-1), reduction="sum")
+    loss, _, log = setting.criterion(0.0, top=top, choice=True)(setting.student, sample)
+    close([loss, log["nll_loss"]], [wanted, wanted])
+    assert log["n_correct"] == student.argmax(-1).eq(teacher.argmax(-1)).sum()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
 from cli_support import USER_DIR, Corpus
 from fairseq import checkpoint_utils
@@ -23,8 +24,9 @@ from fairseq.sequence_generator import SequenceGenerator
 from script_support import refused, run_script
 
 from bild_fairseq.errors import BildError
-from bild_fairseq.experiments.align import Alignment, Say, fairseq_train
+from bild_fairseq.experiments.align import Alignment
 from bild_fairseq.experiments.align_options import AlignOptions
+from bild_fairseq.experiments.align_training import Say, fairseq_train
 from bild_fairseq.experiments.scoring import ScoreOptions
 from bild_fairseq.experiments.work_folder import locked
 from bild_fairseq.plugin.generator import SearchOptions
@@ -32,6 +34,7 @@ from bild_fairseq.plugin.generator import SearchOptions
 SHORT = {"sample": 150, "part": 100, "valid_sample": 15, "epochs": 2, "lr": 0.005, "max_tokens": 300, "sentences": 6}
 # Long enough to learn something whatever the rounding of a machine's sums.
 LEARNS = {"epochs": 10, "distill": 0.5, "distill_top": 5, "half": True}
+ON_POLICY = {"epochs": 10, "distill_top": 5, "fallback": 0.1, "rollback": 4.0}
 
 
 class Aligner:
@@ -69,8 +72,8 @@ class Aligner:
             ends = list(threads.map(lambda rank: train(*rank).status, ranks if len(ranks) > 1 else [[]]))
         return -9 if self.kill_training else max(ends)
 
-    def train_log(self) -> str:
-        return (self.work / "training" / "train.log").read_text()
+    def train_log(self, training: str = "training") -> str:
+        return (self.work / training / "train.log").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +99,8 @@ def fresh(corpus, tmp_path) -> Aligner:
     return Aligner(corpus, tmp_path)
 
 
-def calibration_set(aligner: Aligner, subset: str) -> list[tuple[list[int], list[int]]]:
-    sides = (str(aligner.work / "calibration" / "data-bin" / f"{subset}.x-y.{side}") for side in "xy")
+def calibration_set(aligner: Aligner, subset: str, name: str = "calibration") -> list[tuple[list[int], list[int]]]:
+    sides = (str(aligner.work / name / "data-bin" / f"{subset}.x-y.{side}") for side in "xy")
     rows = (map(torch.Tensor.tolist, indexed_dataset.MMapIndexedDataset(path)) for path in sides)
     return list(zip(*rows, strict=True))
 
@@ -153,6 +156,46 @@ def test_a_training_tells_how_it_gets_on_and_no_more(done):
     assert len([line for line in shown if " | valid | epoch 0" in line]) == LEARNS["epochs"]
     assert len(shown) < 4 * LEARNS["epochs"]
     assert "TransformerModel" in aligner.train_log() and "TransformerModel" not in "".join(shown)
+
+
+@pytest.fixture(scope="module")
+def on_policy(corpus, done, tmp_path_factory) -> tuple[Aligner, dict[str, Any]]:
+    """An alignment that goes on with what both models write together, and its report."""
+    aligner = Aligner(corpus, tmp_path_factory.mktemp("on-policy"))
+    shutil.copytree(done[0].work / "calibration", aligner.work / "calibration")
+    return aligner, aligner(on_policy=3, **ON_POLICY)
+
+
+def test_on_policy_text_is_what_both_models_write_together(on_policy, corpus):
+    """The same sources with the text of a plain BiLD decoder; it is not all the large model's own."""
+    aligner, _ = on_policy
+    task = corpus.task()
+    trained = aligner.work / "training" / "checkpoint_best.pt"
+    large, small = (checkpoint_utils.load_model_ensemble([str(path)], task=task)[0] for path in (corpus.large, trained))
+    rules = reference.Rules(fallback_threshold=0.1, rollback_threshold=4.0, max_len=12)
+    first, second = (calibration_set(aligner, "train", name) for name in ("calibration", "on-policy"))
+    ended = []
+    for source, _ in first:
+        for model in (*large, *small):
+            model.eval()
+        text = reference.bild(large, small, source, task.target_dictionary, rules).tokens
+        ended += [(source, text)] if len(text) <= 12 else []
+    assert second == ended != first
+    assert calibration_set(aligner, "valid", "on-policy") == calibration_set(aligner, "valid")
+
+
+def test_on_policy_training_goes_on_and_is_kept(on_policy):
+    aligner, report = on_policy
+    assert aligner.trainings == 2
+    logs = [aligner.train_log(name) for name in ("training", "training-on-policy")]
+    assert [len(re.findall("end of epoch", log)) for log in logs] == [10, 3]
+    assert re.search("teacher_choice'?[:=] ?True", logs[1]) and not re.search("teacher_choice'?[:=] ?True", logs[0])
+    trained, aligned = aligner.work / "training-on-policy" / "checkpoint_best.pt", torch.load(aligner.out)
+    for name, weight in torch.load(trained, weights_only=False)["model"].items():
+        torch.testing.assert_close(aligned["model"][name], weight)
+    assert aligner(on_policy=3, **ON_POLICY) == report and aligner.said == [] and aligner.trainings == 0
+    with pytest.raises(BildError, match="on-policy was made with --rollback 4.0, not 3.0"):
+        aligner(on_policy=3, **{**ON_POLICY, "rollback": 3.0})
 
 
 def test_done_is_done(done, corpus):
@@ -237,6 +280,7 @@ def test_sources_that_the_small_model_cannot_read_are_left_out(fresh, corpus, tm
         ({"data": Path("missing")}, "missing: no such folder"),
         ({"distill": 1.5}, "--distill 1.5: give a number from 0 to 1"),
         ({"sample": 0}, "--sample 0: give a number above 0"),
+        ({"on_policy": -1}, "--on-policy -1: give a number of epochs"),
         ({"splice": -1}, "--splice -1: give a number of sources"),
         ({"subset": "nothing"}, "cannot load nothing"),
         ({"score": ScoreOptions(reference="missing.txt")}, "--reference missing.txt: cannot read it"),

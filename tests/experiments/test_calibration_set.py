@@ -44,7 +44,9 @@ class Maker:
         options = AlignOptions(**paths, out=self.folder / "out.pt", **{"part": 10, "splice": 0, **changes})
         limits = Limits(source=changes.get("truncate_source") or 10, target=10)
         task = MemoryTask(SOURCES, SOURCES)
-        made = CalibrationSet(self.folder / work, task, options, limits, lambda: self._write, self.said.append)
+        made = CalibrationSet(
+            self.folder / work, task, options, limits, "the large model", lambda: self._write, self.said.append
+        )
         made.make({"valid": range(3), "train": train})
         return made
 
