@@ -8,7 +8,7 @@ number of new tokens at any offset in each row.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,6 @@ from .linear import RowFn
 
 # A layer's number from 0, hidden states (batch * new, dim), cache and span -> hidden states.
 LayerFn = Callable[[int, Tensor, DecoderState, Span], Tensor]
-
-
-def heads_of(decoder: nn.Module) -> Iterator[tuple[int, nn.Module | None, nn.Linear]]:
-    """The depths that a decoder predicts at, with the final norm and the output projection there."""
-    yield len(decoder.layers), decoder.layer_norm, decoder.output_projection
-    for depth in getattr(decoder, "exit_layers", ()):
-        yield depth, decoder.exit_layer_norm(depth), decoder.exit_output_projection(depth)
 
 
 class CachedDecoder(ABC):

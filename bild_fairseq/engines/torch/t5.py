@@ -7,9 +7,10 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
+from ..heads import heads_of
 from .attention import SourceAttention, attend
 from .cache import DecoderState, Span
-from .decoder import CachedDecoder, heads_of
+from .decoder import CachedDecoder
 from .linear import norm, projection
 
 # T5 starts with smaller queries instead.

@@ -6,10 +6,11 @@ from fairseq.models.transformer import TransformerDecoderBase
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor, nn
 
+from ..heads import heads_of
 from ..positions import position_table
 from .attention import SourceAttention, attend
 from .cache import DecoderState, Span
-from .decoder import CachedDecoder, heads_of
+from .decoder import CachedDecoder
 from .linear import norm, projection
 
 
