@@ -100,6 +100,10 @@ def related(large: nn.Module, noise: float, seed: int) -> nn.Module:
 
 
 PRE_NORM = {"encoder_normalize_before": True, "decoder_normalize_before": True}
+# Heads x size differs from the width, nothing fills a vector, and biases end within a short text.
+T5 = {"arch": "t5", "d_model": 18, "d_kv": 5, "d_ff": 26, "num_heads": 3, "num_layers": 2, "num_decoder_layers": 2}
+T5 |= {"relative_attention_max_distance": 20}
+T5_GATED = {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "scale_decoder_outputs": False}
 PAIRS = ("agreeing", "agreeing, post-norm", "quarrelling", "unrelated", "same")
 
 

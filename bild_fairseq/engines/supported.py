@@ -45,7 +45,7 @@ _STOCK: dict[type, tuple[type, ...]] = {
     MultiheadAttention: (MultiheadAttention,),
     FairseqDropout: (FairseqDropout,),
 }
-# The same for T5's decoder, beside the classes with an ``engine_kind``, which are stock themselves.
+# The same for T5, beside the classes with an ``engine_kind``, which are stock themselves.
 _PLAIN_T5 = (nn.Linear, IntegerLinear, nn.Embedding, nn.RMSNorm, nn.ModuleList, nn.ModuleDict)
 # Methods with which a model is made, trained, saved and loaded; they may be a subclass's own.
 _NOT_COMPUTING = ("__init__", "build_", "upgrade_state_dict", "add_args", "make_generation_fast_", "prepare_for_onnx")
@@ -100,23 +100,32 @@ def unsupported_decoder(decoder: nn.Module) -> str | None:
 
 
 def is_t5(module: nn.Module) -> bool:
-    """Whether a module is this package's T5 decoder, with exits or without."""
-    return getattr(module, "engine_kind", None) == "t5_decoder"
+    """Whether a module is this package's T5 encoder or decoder, with exits or without."""
+    return getattr(module, "engine_kind", None) in ("t5_encoder", "t5_decoder")
 
 
 def _unsupported_t5(decoder: nn.Module) -> str | None:
     if not len(decoder.layers):
         return "its decoder has no layers"
-    for layer in decoder.layers.children():
-        if getattr(layer, "engine_kind", None) != "t5_decoder_layer":
-            return f"it has a layer of type {type(layer).__name__}, which is not T5's"
+    foreign = _foreign_t5_layer(decoder)
+    if foreign is not None:
+        return foreign
     if len({(layer.self_attn.num_heads, layer.self_attn.head_dim) for layer in decoder.layers.children()}) > 1:
         return "its decoder's layers differ in attention heads"
     return unusual_computation(decoder)
 
 
+def _foreign_t5_layer(module: nn.Module) -> str | None:
+    for layer in module.layers.children():
+        if getattr(layer, "engine_kind", None) != f"{module.engine_kind}_layer":
+            return f"it has a layer of type {type(layer).__name__}, which is not T5's"
+    return None
+
+
 def unsupported_encoder(encoder: nn.Module) -> str | None:
     """Why only the encoder itself can run its forward pass; None if its weights say all."""
+    if is_t5(encoder):
+        return _foreign_t5_layer(encoder) or unusual_computation(encoder)
     if not isinstance(encoder, TransformerEncoderBase):
         return f"an encoder of type {type(encoder).__name__}"
     if getattr(encoder, "return_fc", False) or any(map(_uses_xformers, encoder.modules())):
@@ -156,7 +165,7 @@ def _stock(module: nn.Module) -> tuple[type, ...] | None:
 
 
 def _stock_t5(module: nn.Module) -> tuple[type, ...] | None:
-    """The same for a part of T5's decoder: the class that says its kind itself, not by inheritance."""
+    """The same for a part of T5: the class that says its kind itself, not by inheritance."""
     if isinstance(module, FairseqDropout):
         return (FairseqDropout,)
     return next(((base,) for base in type(module).__mro__ if "engine_kind" in vars(base)), None)

@@ -50,7 +50,10 @@ class T5Encoder(FairseqEncoder):
         layers: of `T5EncoderLayer`.
         relative_attention_bias: the one table of position biases.
         layer_norm: the final RMS norm.
+        engine_kind: as of `T5Decoder`.
     """
+
+    engine_kind = "t5_encoder"
 
     def __init__(self, config: T5Config, dictionary: Dictionary, embed_tokens: nn.Embedding):
         super().__init__(dictionary)

@@ -18,6 +18,9 @@ def gelu_new(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+gelu_new.engine_kind = "gelu_tanh"  # tells the engines what it computes
+
+
 # feed_forward_proj: the activation, and whether its output is multiplied by a second product (gated).
 FEED_FORWARD = {"relu": (F.relu, False), "gated-gelu": (gelu_new, True)}
 

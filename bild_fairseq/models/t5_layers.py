@@ -159,6 +159,8 @@ class T5EncoderLayer(nn.Module):
         fc2: the product back to the model's width (``wo``).
     """
 
+    engine_kind = "t5_encoder_layer"
+
     def __init__(self, config: T5Config):
         super().__init__()
         self.self_attn = T5Attention(config)

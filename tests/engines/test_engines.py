@@ -12,7 +12,7 @@ from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Rules
-from support import PRE_NORM, SIZE, assert_close, generator, model, sample, source, symbols
+from support import PRE_NORM, SIZE, T5, T5_GATED, assert_close, generator, model, sample, source, symbols
 from torch import Tensor, nn
 
 from bild_fairseq.engines.base import Engine, Pass, State
@@ -61,6 +61,8 @@ ARCHITECTURES = {
     "alignment": {"arch": "transformer_align", "decoder_layers": 5},
     "BART": {"arch": "bart_base"},
     "mBART": {"arch": "mbart_base"},
+    "T5": T5,
+    "T5, gated and untied": T5_GATED,
 }
 
 
@@ -69,10 +71,12 @@ def graphed(made: nn.Module) -> TorchEngine:
     return TorchEngine(made, graphs=True)
 
 
+T5S = ("T5", "T5, gated and untied")
+ANY_BATCH = ("pre-norm", "post-norm", "learned positions", "gelu", *T5S)
 # What the kernels leave to PyTorch's operators.
 NOT_NATIVE = {
     *("output dimension", "shared output projection of a narrower output", "input dimension"),
-    *("gelu_accurate", "tanh", "linear", "no cross-attention"),
+    *("tanh", "linear", "no cross-attention"),
     *("scale_attn", "scale_fc", "scale_heads", "scale_resids", "NormFormer, pre-norm", "NormFormer, post-norm"),
 }
 KINDS = {"torch": TorchEngine, "graphed": graphed} | ({"native": NativeEngine} if library() else {})
@@ -189,7 +193,7 @@ def test_equals_the_stock_decoder_in_step(kind, architecture, lengths):
 @settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 12), min_size=1, max_size=5),
-    st.sampled_from([case for case in CASES if case[1] in ("pre-norm", "post-norm", "learned positions", "gelu")]),
+    st.sampled_from([case for case in CASES if case[1] in ANY_BATCH]),
     st.randoms(use_true_random=False),
 )
 def test_equals_the_stock_decoder_for_any_batch(lengths, case, rng):
@@ -246,7 +250,7 @@ def test_which_architectures_are_native(architecture):
 @needs_kernels
 @torch.no_grad()
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("architecture", ["pre-norm", "post-norm", "all embeddings shared", "BART"])
+@pytest.mark.parametrize("architecture", ["pre-norm", "post-norm", "all embeddings shared", "BART", *T5S])
 def test_rounded_weights(architecture, precision):
     """The kernels' rounded weights are those of a stock decoder with rounded matrices."""
     made = build(ARCHITECTURES[architecture])
@@ -261,9 +265,10 @@ def test_rounded_weights(architecture, precision):
 @torch.no_grad()
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 @pytest.mark.parametrize("lengths", SOURCES.values(), ids=SOURCES)
-def test_native_results_depend_on_nothing_else_in_the_call(lengths, precision):
+@pytest.mark.parametrize("options", [PRE_NORM, T5, T5_GATED], ids=["Transformer", "T5", "T5, gated"])
+def test_native_results_depend_on_nothing_else_in_the_call(options, lengths, precision):
     """To the last bit: token by token, and many tokens of many sentences at once."""
-    made = build(PRE_NORM)
+    made = build(options)
     engine = NativeEngine(made, precision)
     tokens = sentences((21, 14, 17), random.Random(3))
     state = engine.start(net_input(lengths))

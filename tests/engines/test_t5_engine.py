@@ -1,4 +1,4 @@
-"""T5 decoders in the torch engine against their full forward pass, and BiLD against one over `transformers`' passes."""
+"""T5 decoders in every engine against their full forward pass, and BiLD against one over `transformers`' passes."""
 
 import copy
 import functools
@@ -21,20 +21,26 @@ from hypothesis import given, settings
 from reference import SMALL, Rules, bild
 from support import LIMITS, NGRAMS, POLICY, any_rules, assert_close, assert_like_reference, assert_same_hypothesis
 from support import generator as any_generator
-from t5_support import VARIANTS, hf_model, in_fairseq, source_batch, sources, to_fairseq
-from test_engines import read, read_at_random
+from t5_support import TIED, VARIANTS, hf_model, in_fairseq, source_batch, sources, to_fairseq
+from test_engines import read_at_random
 from torch import Tensor, nn
 
+from bild_fairseq.engines import choose
+from bild_fairseq.engines.base import Engine
 from bild_fairseq.engines.choose import engine_for, remember
-from bild_fairseq.engines.native import missing_option
+from bild_fairseq.engines.native import NativeEngine, missing_option
+from bild_fairseq.engines.native.build import library
 from bild_fairseq.engines.precision import PRECISIONS, rounded_copy
+from bild_fairseq.engines.proof import prove
 from bild_fairseq.engines.torch.engine import TorchEngine
 from bild_fairseq.errors import BildError
 
 PAD, EOS = 1, 2  # fairseq's
 DEPTH = 3
 KINDS = {"torch": TorchEngine, "graphed": functools.partial(TorchEngine, graphs=True)}
+KINDS |= {"native": NativeEngine} if library() else {}
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+needs_kernels = pytest.mark.skipif(library() is None, reason="no C compiler here")
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -129,6 +135,12 @@ def one_model(variant: str, own: bool = False) -> Models:
     return [full], [], [Theirs(theirs)], [Theirs(small)], dictionary, {"exit_layer": 1}
 
 
+def run_with(kind: Callable[[nn.Module], Engine], models: Models) -> None:
+    """Has a kind of engine run the models here."""
+    for made in (*models[0], *models[1]):
+        remember(made, "float32", kind(made))
+
+
 def sample(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
     return {"id": torch.arange(len(rows)), "nsentences": len(rows), **source_batch(rows)}
 
@@ -161,7 +173,7 @@ def full_pass(made: nn.Module, rows: Sequence[Sequence[int]], tokens: Sequence[S
 def test_equals_the_full_forward_pass(kind, variant):
     """In ragged batches, over subsets of rows, after rollbacks, beyond the reserved cache and where biases end."""
     (made,), *_, dictionary, _ = two_models(variant)
-    tokens, rows = sentences(dictionary, (13, 95, 41), random.Random(7)), sources(3)
+    tokens, rows = sentences(dictionary, (13, 270, 41), random.Random(7)), sources(3)
     engine = kind(made)
     state = engine.start(source_batch(rows)["net_input"])
     reserved = state.length
@@ -172,33 +184,14 @@ def test_equals_the_full_forward_pass(kind, variant):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("precision", PRECISIONS)
 @each_kind
 @each_variant
-def test_equals_the_full_forward_pass_in_step(kind, variant):
-    """All rows at the same offset, which has a way of its own, with rollbacks of all of them, also to the start."""
-    dice = random.Random(8)
-    (made,), *_, dictionary, _ = two_models(variant)
-    tokens, rows = sentences(dictionary, (30, 30, 30), dice), sources(3, seed=6)
-    engine = kind(made)
-    state = engine.start(source_batch(rows)["net_input"])
-    wanted = full_pass(made, rows, tokens)
-    position = 0
-    while position < 30:
-        new = min(dice.randint(1, 4), 30 - position)
-        chunks = [one[position : position + new] for one in tokens]
-        for got, row in zip(read(engine, state, [0, 1, 2], [position] * 3, chunks), wanted, strict=True):
-            assert_close(got, row[position : position + new])
-        position = max(0, position + new - dice.choice([0, 0, 1, 3]))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("precision", PRECISIONS)
-@each_variant
-def test_rounded_weights(variant, precision):
+def test_rounded_weights(variant, kind, precision):
     """The same as a full pass of the model with rounded matrices; embeddings tied to one are not rounded."""
     (made,), *_, dictionary, _ = two_models(variant)
     tokens, rows = sentences(dictionary, (8, 11, 5), random.Random(1)), sources(3)
-    engine = engine_for(made, precision, "large")
+    engine = kind(made, precision)
     found = read_at_random(engine, engine.start(source_batch(rows)["net_input"]), tokens, random.Random(2))
     for got, wanted in zip(found, full_pass(rounded_copy(made, precision), rows, tokens), strict=True):
         assert_close(got, wanted)
@@ -212,12 +205,14 @@ PAIRS = {"two models": two_models, "early exit": one_model, "early exit, own": f
 each_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 
 
+@each_kind
 @each_pair
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.sampled_from(list(VARIANTS)), any_rules(**POLICY, **LIMITS, **NGRAMS), ROWS)
-def test_bild_equals_the_reference_over_transformers(pair, variant, rules, rows):
+def test_bild_equals_the_reference_over_transformers(pair, kind, variant, rules, rows):
     """Tokens, scores and counters, whatever shares a sentence's batch."""
     models = pair(variant)
+    run_with(kind, models)
     _, _, large, small, dictionary, _ = models
     for one, hypothesis in zip(rows, generate(models, rules, rows), strict=True):
         assert_like_reference(hypothesis, bild(large, small, to_fairseq(one), dictionary, rules))
@@ -226,16 +221,15 @@ def test_bild_equals_the_reference_over_transformers(pair, variant, rules, rows)
 @each_pair
 @each_variant
 def test_lossless_is_fairseqs_greedy_text(pair, variant):
-    """Rollback threshold 0 with a verified end, whatever is drafted; with passes of fixed shapes as well."""
+    """Rollback threshold 0 with a verified end, whatever is drafted."""
     models = pair(variant)
-    (large,), small, _, _, dictionary, _ = models
+    (large,), _, _, _, dictionary, _ = models
     rules = Rules(fallback_threshold=0.2, rollback_threshold=0.0, verify_end=True, start=SMALL, max_len=40)
     rows = sources(8, seed=3)
     stock = SequenceGenerator([large], dictionary, beam_size=1, max_len_b=rules.max_len)
     wanted = [one for (one, *_) in stock.generate([large], sample(rows))]
-    for graphs in (False, True):
-        for made in (large, *small):
-            remember(made, "float32", TorchEngine(made, graphs=graphs))
+    for kind in KINDS.values():
+        run_with(kind, models)
         for hypothesis, greedy in zip(generate(models, rules, rows), wanted, strict=True):
             assert_same_hypothesis(hypothesis, greedy)
 
@@ -293,9 +287,12 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
 }
 
 
+@pytest.mark.parametrize("in_c", [True, False], ids=["native", "torch"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_decoder_that_computes_something_else_is_refused(change):
+def test_a_decoder_that_computes_something_else_is_refused(change, in_c, monkeypatch):
     """By its modules or by the comparison with its own passes; and it is taken before the change."""
+    if not in_c:
+        monkeypatch.setattr(choose, "missing_option", lambda module: "not wanted here")
     (made,), *_ = two_models("mT5")
     made = copy.deepcopy(made)
     engine_for(made, "float32", "large")
@@ -306,13 +303,71 @@ def test_a_decoder_that_computes_something_else_is_refused(change):
     assert "\n" not in str(refused.value)
 
 
-def test_the_kernels_say_that_they_lack_t5(caplog):
+def change_activation(made: nn.Module) -> None:
+    for part in (*made.encoder.layers, *made.decoder.layers):
+        part.activation_fn = torch.tanh
+
+
+def change_heads(made: nn.Module) -> None:
+    for part in made.decoder.layers:
+        part.self_attn.num_heads = 2
+
+
+def change_one_width(made: nn.Module) -> None:
+    layer(made).fc1, layer(made).fc2 = nn.Linear(24, 8, bias=False), nn.Linear(8, 24, bias=False)
+    layer(made).fc1_linear = nn.Linear(24, 8, bias=False)
+
+
+LACKS = {
+    "activation": (change_activation, "an activation"),
+    "heads": (change_heads, "attention heads"),
+    "widths": (change_one_width, "layers that differ"),
+    "double": (lambda made: made.double(), "float32"),
+}
+
+
+@needs_kernels
+@each_variant
+def test_t5_runs_in_c(variant):
+    (made,), *_ = two_models(variant)
+    assert missing_option(made.decoder) is None and missing_option(made.encoder) is None
+    assert isinstance(engine_for(copy.deepcopy(made), "float32", "large"), NativeEngine)
+
+
+@needs_kernels
+@pytest.mark.parametrize("change", LACKS)
+def test_the_kernels_say_what_they_lack(change, caplog):
+    """And read no weights of another shape; what is still a T5 runs on PyTorch's operators."""
     (made,), *_ = two_models("mT5")
-    assert "T5" in missing_option(made.decoder)
+    made = copy.deepcopy(made)
+    apply, named = LACKS[change]
+    apply(made)
+    assert named in missing_option(made.decoder)
+    if change == "heads":
+        with pytest.raises(BildError):
+            engine_for(made, "float32", "large")
+        return
     with caplog.at_level(logging.INFO):
-        engine = engine_for(copy.deepcopy(made), "float32", "large")
-    assert isinstance(engine, TorchEngine)
-    assert "T5" in caplog.text
+        assert isinstance(engine_for(made, "float32", "large"), TorchEngine)
+    assert named in caplog.text
+
+
+@torch.no_grad()
+@each_kind
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+@pytest.mark.parametrize("variant", [TIED, "mT5"])
+def test_a_wrong_bucket_is_refused(kind, side, variant):
+    """An engine whose bias of distance 3 is that of distance 4, as the engine in C would read it one place off."""
+    (made,), *_ = two_models(variant)
+    made = copy.deepcopy(made)
+    engine = kind(copy.deepcopy(made))
+    prove(engine, made, "float32", "large")
+    table = getattr(made, side).relative_attention_bias.weight
+    table[3] = table[4]
+    engine_of_changed = kind(copy.deepcopy(made))
+    prove(engine_of_changed, made, "float32", "large")
+    with pytest.raises(BildError, match="cannot be decoded exactly"):
+        prove(engine, made, "float32", "large")
 
 
 @pytest.mark.parametrize(("dtype", "warned"), [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)])

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
-from fairseq.models.transformer import TransformerDecoderBase
 from torch import Tensor, nn
 
+from ..heads import heads_of
 from ..positions import position_table
 from ..precision import quantize
+from ..supported import is_t5
 from . import structs
-from .options import activation
+from .options import activation, decodes
 
 _HUGE_PAGE = 1 << 21
 _BLOCK = 4 * _HUGE_PAGE
@@ -45,6 +46,17 @@ class Packer:
     def linear(self, *modules: nn.Linear) -> structs.Linear:
         """One product that computes several projections of the same input side by side."""
         weight = torch.cat([module.weight.detach().float() for module in modules])
+        bias = None
+        if any(module.bias is not None for module in modules):
+            none = [weight.new_zeros(module.out_features) for module in modules]
+            biases = [
+                zeros if module.bias is None else module.bias for module, zeros in zip(modules, none, strict=True)
+            ]
+            bias = torch.cat(biases).detach().float()
+        return self._product(weight, bias)
+
+    def _product(self, weight: Tensor, bias: Tensor | None) -> structs.Linear:
+        """A product with a matrix (out, in), and a bias (out,) or none."""
         out, width = weight.shape
         panels = -(-out // self.panel)
         values, scale = quantize(weight, self._precision)
@@ -54,30 +66,34 @@ class Packer:
         packed[:out, :width] = values
         # (panels, in, panel); for int8 (panels, inputs in fours, panel, 4)
         packed = packed.view(panels, self.panel, groups, together).transpose(1, 2).contiguous()
-        bias = None
-        if modules[0].bias is not None:
-            bias = self._padded(torch.cat([module.bias.detach().float() for module in modules]), panels)
         return structs.Linear(
             in_=width,
             out=out,
             type=_TYPES[self._precision],
             weight=self._packed_pointer(packed),
             scale=None if scale is None else self._padded(scale, panels),
-            bias=bias,
+            bias=None if bias is None else self._padded(bias, panels),
         )
 
-    def norm(self, module: nn.LayerNorm | None) -> structs.Norm:
+    def norm(self, module: nn.LayerNorm | nn.RMSNorm | None, scale: float = 1.0) -> structs.Norm:
+        """A norm whose output is multiplied by something."""
         if module is None:
             return structs.Norm()
-        return structs.Norm(weight=self.pointer(module.weight), bias=self.pointer(module.bias), eps=module.eps)
+        bias = getattr(module, "bias", None)
+        return structs.Norm(
+            weight=self.pointer(module.weight if scale == 1.0 else module.weight * scale),
+            bias=None if bias is None else self.pointer(bias * scale),
+            eps=module.eps,
+        )
 
     def layer(self, module: nn.Module) -> structs.Layer:
         """A layer of a fairseq encoder or decoder."""
         attention, source = module.self_attn, getattr(module, "encoder_attn", None)
+        factor = getattr(module, "fc1_linear", None)
         layer = structs.Layer(
             qkv=self.linear(attention.q_proj, attention.k_proj, attention.v_proj),
             self_out=self.linear(attention.out_proj),
-            fc1=self.linear(module.fc1),
+            fc1=self.linear(*((module.fc1,) if factor is None else (module.fc1, factor))),
             fc2=self.linear(module.fc2),
             self_norm=self.norm(module.self_attn_layer_norm),
             final_norm=self.norm(module.final_layer_norm),
@@ -90,15 +106,25 @@ class Packer:
 
     def heads(self, decoder: nn.Module) -> dict[int, structs.Head]:
         """What predicts after the last layer, and after each exit layer."""
-        vocabulary = self.linear(decoder.output_projection)
-        heads = {len(decoder.layers): structs.Head(self.norm(decoder.layer_norm), vocabulary)}
-        for depth in getattr(decoder, "exit_layers", ()):
-            norms, projections, key = decoder.exit_layer_norms, decoder.exit_output_projections, str(depth)
-            heads[depth] = structs.Head(
-                self.norm(norms[key] if key in norms else None),
-                self.linear(projections[key]) if key in projections else vocabulary,
-            )
+        packed: dict[nn.Module, structs.Linear] = {}
+        heads = {}
+        for depth, norm, projection in heads_of(decoder):
+            if projection not in packed:
+                packed[projection] = self._vocabulary(decoder, projection)
+            # T5 scales what it projects to the vocabulary.
+            heads[depth] = structs.Head(self.norm(norm, getattr(decoder, "output_scale", 1.0)), packed[projection])
         return heads
+
+    def _vocabulary(self, decoder: nn.Module, projection: nn.Linear) -> structs.Linear:
+        """The projection to the vocabulary; see ``T5Decoder.project_to_vocabulary``."""
+        if not is_t5(decoder):
+            return self.linear(projection)
+        weight = projection.weight.detach().float().clone()
+        weight[decoder.padding_idx] = weight[decoder.start_row]
+        weight[decoder.missing_rows] = 0.0
+        bias = weight.new_zeros(len(weight))
+        bias[decoder.missing_rows] = decoder.missing_logit
+        return self._product(weight, bias)
 
     def _packed_pointer(self, weights: Tensor) -> int:
         """Address of a copy of some weights, next to those packed before, in the order that a pass reads them in."""
@@ -141,25 +167,31 @@ class PackedStack:
     """
 
     def __init__(self, module: nn.Module, packer: Packer):
-        first = module.layers[0]
-        self.depth, self.dim, self.heads = len(module.layers), first.embed_dim, first.self_attn.num_heads
+        first, t5 = module.layers[0], is_t5(module)
+        self.depth, self.dim = len(module.layers), module.embed_tokens.embedding_dim
+        self.heads, self.head_dim = first.self_attn.num_heads, first.self_attn.head_dim
         self.panel = packer.panel
-        self._embed_positions = module.embed_positions
+        self._embed_positions = None if t5 else module.embed_positions
         self._position_table = torch.empty(0, self.dim)
-        decodes = isinstance(module, TransformerDecoderBase)
+        self._position_bias = module.relative_attention_bias if t5 else None
+        self._bias_table = torch.empty(self.heads, 0)
         self._layers = (structs.Layer * self.depth)(*map(packer.layer, module.layers))
         self._struct = structs.Stack(
             dim=self.dim,
             heads=self.heads,
+            head_dim=self.head_dim,
             ffn=first.fc1.out_features,
-            pre_norm=first.normalize_before,
+            pre_norm=t5 or first.normalize_before,
+            causal=decodes(module),
+            attends_to_source=decodes(module),
             activation=activation(first),
-            causal=decodes,
-            attends_to_source=decodes,
-            embed_scale=module.embed_scale,
+            gated=getattr(first, "fc1_linear", None) is not None,
+            start_row=getattr(module, "start_row", -1),
+            embed_scale=1.0 if t5 else module.embed_scale,
+            score_scale=1.0 if t5 else self.head_dim**-0.5,
             embedding=packer.pointer(module.embed_tokens.weight),
-            embed_norm=packer.norm(module.layernorm_embedding),
-            output_norm=packer.norm(None if decodes else module.layer_norm),
+            embed_norm=packer.norm(None if t5 else module.layernorm_embedding),
+            output_norm=packer.norm(None if decodes(module) else module.layer_norm),
             layers=ctypes.addressof(self._layers),
         )
         self._keeps_alive: Sequence[object] = (packer,)
@@ -173,6 +205,21 @@ class PackedStack:
         if len(table) < length:
             table = position_table(self._embed_positions, max(length, 256)).detach().float().contiguous()
             self._position_table = table
+        return table
+
+    def biases(self, length: int) -> Tensor | None:
+        """What is added to the scores of self-attention, (heads, 2 * reach), by the key's position less the query's.
+
+        The reach is at least the length; it is added to the difference of positions. None for a model without biases.
+        """
+        if self._position_bias is None:
+            return None
+        table = self._bias_table
+        if table.size(1) < 2 * length:
+            reach = max(length, 256)
+            bias = self._position_bias(torch.tensor([reach]), torch.arange(2 * reach))
+            table = bias.detach().float().view(self.heads, 2 * reach).contiguous()
+            self._bias_table = table
         return table
 
     def round_up(self, length: int) -> int:

@@ -50,8 +50,7 @@ class NativeState(State):
         if length <= old:
             return
         capacity = stack.round_up(max(length, 2 * old))
-        shape = (self._layers, self.batch, stack.heads)
-        head_dim = stack.dim // stack.heads
+        shape, head_dim = (self._layers, self.batch, stack.heads), stack.head_dim
         # The kernels read, and ignore, up to a panel beyond the last number.
         flat = [torch.empty(math.prod(shape) * head_dim * capacity + stack.panel) for _ in range(2)]
         keys = flat[0][: -stack.panel].view(*shape, head_dim, capacity)
@@ -59,11 +58,15 @@ class NativeState(State):
         if old:
             keys[..., :old] = self._keys
             values[..., :old, :] = self._values
-        self._keys, self._values, self._positions = keys, values, stack.positions(capacity)
+        self._keys, self._values = keys, values
         struct.capacity = capacity
-        struct.layer_size = self.batch * stack.dim * capacity if self._layers > 1 else 0
+        struct.layer_size = self.batch * stack.heads * head_dim * capacity if self._layers > 1 else 0
         struct.keys, struct.values = keys.data_ptr(), values.data_ptr()
-        struct.positions = None if self._positions is None else self._positions.data_ptr()
+        self._positions, self._biases = stack.positions(capacity), stack.biases(capacity)
+        if self._positions is not None:
+            struct.positions = self._positions.data_ptr()
+        if self._biases is not None:
+            struct.biases, struct.reach = self._biases.data_ptr(), self._biases.size(1) // 2
         if self._hidden is not None:
             hidden = self._hidden
             self._make_hidden()
@@ -82,7 +85,7 @@ class NativeState(State):
         """Makes room for the keys and values of sources, given the positions of each."""
         stack, struct = self._stack, self.struct
         capacity = stack.round_up(max(lengths))
-        size = stack.depth * self.batch * stack.dim * capacity
+        size = stack.depth * self.batch * stack.heads * stack.head_dim * capacity
         # The kernels read, and ignore, up to a panel beyond the last number.
         keys, values, counts = torch.empty(size + stack.panel), torch.empty(size + stack.panel), array("q", lengths)
         self._source = (keys, values, counts)

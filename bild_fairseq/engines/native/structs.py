@@ -32,7 +32,8 @@ class Layer(ctypes.Structure):
 
 class Stack(ctypes.Structure):
     _fields_ = [
-        *_fields("dim heads ffn pre_norm activation causal attends_to_source", "embedding", "embed_scale"),
+        *_fields("dim heads head_dim ffn pre_norm causal attends_to_source activation gated start_row"),
+        *_fields("", "embedding", "embed_scale score_scale"),
         ("embed_norm", Norm),
         ("output_norm", Norm),
         *_fields("", "layers"),
@@ -45,7 +46,8 @@ class Head(ctypes.Structure):
 
 class State(ctypes.Structure):
     _fields_ = [
-        *_fields("sentences capacity layer_size", "positions keys values hidden"),
+        *_fields("sentences capacity layer_size", "positions biases"),
+        *_fields("reach", "keys values hidden"),
         *_fields("source_capacity", "source_lengths source_keys source_values"),
     ]
 

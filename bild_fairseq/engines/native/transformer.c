@@ -1,4 +1,4 @@
-/* Forward passes of a fairseq Transformer over few tokens, on a CPU.
+/* Forward passes of a fairseq Transformer or a T5 over few tokens, on a CPU.
  *
  * Decoding reads every weight once per pass and multiplies it with a handful of rows, so what counts is to stream the
  * weights at the speed of memory and to waste no time between products. One pass is one parallel region: embedding,
@@ -23,8 +23,6 @@
 
 /* ---- The model --------------------------------------------------------------------------------------------------- */
 
-enum { NONE, RELU, GELU };
-
 typedef struct {
     int64_t in, out;
     int64_t type;              /* of the weights */
@@ -33,18 +31,22 @@ typedef struct {
 } Linear;
 
 typedef struct {
-    const float *weight, *bias; /* (dim); weight is NULL for no norm at all */
+    const float *weight, *bias; /* (dim); weight is NULL for no norm at all, bias for RMS norm */
     double eps;
 } Norm;
 
 typedef struct {
-    Linear qkv, self_out, source_query, source_out, fc1, fc2;
+    Linear qkv, self_out, source_query, source_out;
+    Linear fc1, fc2; /* with a gate fc1 computes both factors of what fc2 reads, (2 ffn) */
     Norm self_norm, source_norm, final_norm;
 } Layer;
 
 typedef struct {
-    int64_t dim, heads, ffn, pre_norm, activation, causal, attends_to_source;
-    double embed_scale;
+    int64_t dim, heads, head_dim, ffn;
+    int64_t pre_norm, causal, attends_to_source;
+    int64_t activation, gated; /* gated: the activated half of fc1's output is multiplied by the other half */
+    int64_t start_row;         /* whose embedding stands at position 0, whatever token is there; -1 for the token's */
+    double embed_scale, score_scale;
     const float *embedding; /* (vocabulary, dim) */
     Norm embed_norm;
     Norm output_norm; /* of an encoder */
@@ -64,6 +66,8 @@ typedef struct {
     int64_t capacity;       /* positions, a multiple of PANEL */
     int64_t layer_size;     /* floats from one layer's keys (or values) to the next layer's */
     const float *positions; /* (capacity or more, dim) embeddings, or NULL */
+    const float *biases;    /* (heads, 2 reach), or NULL: added to scores, by the key's position - the query's + reach */
+    int64_t reach;          /* capacity or more */
     float *keys;            /* (layers, sentences, heads, head_dim, capacity) */
     float *values;          /* (layers, sentences, heads, capacity, head_dim) */
     float *hidden;          /* (sentences, capacity, dim): what a pass through the layers above goes on from, or NULL */
@@ -95,9 +99,10 @@ typedef struct {
 /* Where a pass computes, apart from x. */
 typedef struct {
     float *normalized;     /* (T, dim): by all threads together */
-    float *projected;      /* (T, 3 dim): queries, keys and values; (T, dim) queries for the source */
-    float *attended;       /* (T, dim) */
-    float *inner;          /* (T, ffn) */
+    float *projected;      /* (T, 3 attention_dim): queries, keys and values; (T, attention_dim) for the source */
+    float *attended;       /* (T, attention_dim) */
+    float *inner;          /* (T, ffn), with a gate (T, 2 ffn) */
+    float *gated;          /* (T, ffn) with a gate */
     float *selected;       /* (predictions, dim): what the predictions are made from */
     float *own;            /* (threads, FEW, dim): rows that a thread has normalized for itself */
     float *integers;       /* rows as integers: T by all threads together, */
@@ -109,6 +114,9 @@ typedef struct {
     int64_t size;          /* floats of all of them */
 } Workspace;
 
+/* Width of the queries, keys and values of all heads. */
+static int64_t attention_dim(const Stack *stack) { return stack->heads * stack->head_dim; }
+
 /* The next buffer of a block. */
 static float *carve(float *block, int64_t *used, int64_t floats) {
     float *buffer = block ? block + *used : NULL;
@@ -118,16 +126,19 @@ static float *carve(float *block, int64_t *used, int64_t floats) {
 
 static Workspace workspace(const Stack *stack, const State *state, const Pass *pass) {
     int64_t T = pass->tokens, dim = stack->dim, n = pass->predictions, threads = pass->threads;
+    int64_t attended = attention_dim(stack), gated = stack->gated ? stack->ffn : 0;
     int64_t positions = state->capacity > state->source_capacity ? state->capacity : state->source_capacity;
     float *block = pass->workspace;
     Workspace w = {.score_room = positions + PANEL};
     w.normalized = carve(block, &w.size, T * dim);
-    w.projected = carve(block, &w.size, T * 3 * dim + PANEL); /* attention reads up to a panel beyond a query */
-    w.attended = carve(block, &w.size, T * dim);
-    w.inner = carve(block, &w.size, T * stack->ffn);
+    w.projected = carve(block, &w.size, T * 3 * attended + PANEL); /* attention reads up to a panel beyond a query */
+    w.attended = carve(block, &w.size, T * attended);
+    w.inner = carve(block, &w.size, T * (stack->ffn + gated));
+    w.gated = carve(block, &w.size, T * gated);
     w.selected = carve(block, &w.size, n * dim);
     w.own = carve(block, &w.size, threads * FEW * dim);
     int64_t widest = dim > stack->ffn ? dim : stack->ffn;
+    if (attended > widest) widest = attended;
     w.integers = carve(block, &w.size, integer_room(T, widest));
     w.integers_each = integer_room(FEW, widest);
     w.own_integers = carve(block, &w.size, threads * w.integers_each);
@@ -257,8 +268,7 @@ static inline void finish(const Linear *l, int64_t p, const vec *sums, float *y,
         vec v = sums[half];
         if (l->scale) v *= *(const vec *)(l->scale + at);
         if (l->bias) v += *(const vec *)(l->bias + at);
-        if (activation == RELU) v = choose(v < 0, (vec){0}, v);
-        if (activation == GELU) v = gelu(v);
+        v = activate(activation, v);
         if (width == LANES) {
             if (residual) v += *(const vec *)(residual + at);
             *(vec *)(y + at) = v;
@@ -307,19 +317,24 @@ static void linear(const Team *team, const Linear *l, const float *x, int64_t ro
 
 /* ---- Norms ------------------------------------------------------------------------------------------------------- */
 
-static void normalize_row(const Norm *norm, const float *x, float *y, int64_t dim) {
-    float sum = 0, squares = 0;
+static float mean_of(const float *x, int64_t n) {
+    float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < dim; i++) sum += x[i];
-    float mean = sum / dim;
+    for (int64_t i = 0; i < n; i++) sum += x[i];
+    return sum / n;
+}
+
+/* RMS norm takes the mean for 0. */
+static void normalize_row(const Norm *norm, const float *x, float *y, int64_t dim) {
+    float mean = norm->bias ? mean_of(x, dim) : 0, squares = 0;
 #pragma omp simd reduction(+ : squares)
     for (int64_t i = 0; i < dim; i++) squares += (x[i] - mean) * (x[i] - mean);
     float scale = 1.0f / sqrtf(squares / dim + (float)norm->eps);
 #pragma omp simd
-    for (int64_t i = 0; i < dim; i++) y[i] = (x[i] - mean) * scale * norm->weight[i] + norm->bias[i];
+    for (int64_t i = 0; i < dim; i++) y[i] = (x[i] - mean) * scale * norm->weight[i] + (norm->bias ? norm->bias[i] : 0);
 }
 
-/* Layer norm of all rows by all threads; y may be x. */
+/* The norm of all rows by all threads; y may be x. */
 static void normalize_together(const Team *team, const Norm *norm, const float *x, int64_t rows, int64_t dim,
                                float *y) {
     Range mine = share(team, rows);
@@ -327,7 +342,7 @@ static void normalize_together(const Team *team, const Norm *norm, const float *
     wait_for_all(team);
 }
 
-/* Layer norm of all of x (T, dim), for this thread's use: few rows into its own buffer, many together into a shared
+/* The norm of all of x (T, dim), for this thread's use: few rows into its own buffer, many together into a shared
  * one. All of x must have been written; nobody writes to it before the next barrier. */
 static const float *normalize(const Team *team, const Norm *norm, const float *x, int64_t T, int64_t dim,
                               const Workspace *w) {
@@ -361,15 +376,19 @@ static void softmax(float *scores, int64_t n) {
     for (int64_t i = 0; i < n; i++) scores[i] *= scale;
 }
 
-/* One head's attention of one query (head_dim) to n positions. */
-static void attend(const float *query, const float *keys, const float *values, int64_t capacity, int64_t n,
-                   int64_t head_dim, float *scores, float *out) {
-    float scale = 1.0f / sqrtf((float)head_dim);
+/* One head's attention of one query (head_dim) to n positions; bias (n, up to a whole panel) may be NULL. */
+static void attend(const Stack *stack, const float *query, const float *keys, const float *values, int64_t capacity,
+                   int64_t n, const float *bias, float *scores, float *out) {
+    int64_t head_dim = stack->head_dim;
+    float scale = (float)stack->score_scale;
     Sums sums;
     for (int64_t t = 0; t < n; t += PANEL) {
         multiply_rows(1, 1, FLOAT32, query, 0, head_dim, keys + t, capacity, 0, sums);
-        *(vec *)(scores + t) = sums[0] * scale;
-        *(vec *)(scores + t + LANES) = sums[1] * scale;
+        for (int half = 0; half < 2; half++) {
+            vec score = sums[half] * scale;
+            if (bias) score += *(const vec *)(bias + t + half * LANES);
+            *(vec *)(scores + t + half * LANES) = score;
+        }
     }
     softmax(scores, n);
     for (int64_t d = 0; d < head_dim; d += PANEL) {
@@ -395,7 +414,7 @@ static void store_keys(const float *key, int64_t ld, int64_t distance, int64_t c
  * share the sentences' heads. */
 static void self_attention(const Team *team, const Stack *stack, const State *state, const Pass *pass, int64_t layer,
                            const Workspace *w) {
-    int64_t dim = stack->dim, heads = stack->heads, head_dim = dim / heads, capacity = state->capacity;
+    int64_t width = attention_dim(stack), heads = stack->heads, head_dim = stack->head_dim, capacity = state->capacity;
     float *scores = w->scores + team->thread * w->score_room;
     Range mine = share(team, pass->sentences * heads);
     int64_t offset = 0, sentence = 0;
@@ -404,12 +423,13 @@ static void self_attention(const Team *team, const Stack *stack, const State *st
         int64_t head = unit % heads, start = pass->starts[sentence], count = pass->counts[sentence];
         int64_t at = layer * state->layer_size + (pass->rows[sentence] * heads + head) * head_dim * capacity;
         float *keys = state->keys + at, *values = state->values + at;
-        const float *query = w->projected + offset * 3 * dim + head * head_dim;
-        store_keys(query + dim, 3 * dim, dim, count, start, head_dim, capacity, keys, values);
+        const float *query = w->projected + offset * 3 * width + head * head_dim;
+        const float *bias = state->biases ? state->biases + (2 * head + 1) * state->reach - start : NULL;
+        store_keys(query + width, 3 * width, width, count, start, head_dim, capacity, keys, values);
         for (int64_t i = 0; i < count; i++) {
             int64_t seen = start + (stack->causal ? i + 1 : count);
-            attend(query + i * 3 * dim, keys, values, capacity, seen, head_dim, scores,
-                   w->attended + (offset + i) * dim + head * head_dim);
+            attend(stack, query + i * 3 * width, keys, values, capacity, seen, bias ? bias - i : NULL, scores,
+                   w->attended + (offset + i) * width + head * head_dim);
         }
     }
 }
@@ -417,7 +437,8 @@ static void self_attention(const Team *team, const Stack *stack, const State *st
 /* Attends to the source: queries w->projected (T, dim) to w->attended. */
 static void source_attention(const Team *team, const Stack *stack, const State *state, const Pass *pass, int64_t layer,
                              const Workspace *w) {
-    int64_t dim = stack->dim, heads = stack->heads, head_dim = dim / heads, capacity = state->source_capacity;
+    int64_t width = attention_dim(stack), heads = stack->heads, head_dim = stack->head_dim;
+    int64_t capacity = state->source_capacity;
     float *scores = w->scores + team->thread * w->score_room;
     Range mine = share(team, pass->sentences * heads);
     int64_t offset = 0, sentence = 0;
@@ -425,24 +446,41 @@ static void source_attention(const Team *team, const Stack *stack, const State *
         while (sentence < unit / heads) offset += pass->counts[sentence++];
         int64_t head = unit % heads, row = pass->rows[sentence];
         int64_t at = ((layer * state->sentences + row) * heads + head) * head_dim * capacity;
+        const float *keys = state->source_keys + at, *values = state->source_values + at;
         for (int64_t i = offset; i < offset + pass->counts[sentence]; i++)
-            attend(w->projected + i * dim + head * head_dim, state->source_keys + at, state->source_values + at,
-                   capacity, state->source_lengths[row], head_dim, scores, w->attended + i * dim + head * head_dim);
+            attend(stack, w->projected + i * width + head * head_dim, keys, values, capacity,
+                   state->source_lengths[row], NULL, scores, w->attended + i * width + head * head_dim);
     }
 }
 
 /* ---- One layer --------------------------------------------------------------------------------------------------- */
+
+/* What fc2 reads, (T, ffn): fc1's output, which with a gate is two factors side by side, the activated one first. */
+static const float *gate(const Team *team, const Stack *stack, int64_t T, const Workspace *w) {
+    if (!stack->gated) return w->inner;
+    int64_t ffn = stack->ffn;
+    Range mine = share(team, (ffn + LANES - 1) / LANES);
+    for (int64_t r = 0; r < T; r++)
+        for (int64_t block = mine.from; block < mine.to; block++) {
+            int64_t i = block * LANES;
+            const float *factors = w->inner + r * 2 * ffn + i;
+            vec v = activate(stack->activation, load_some(factors, ffn - i)) * load_some(factors + ffn, ffn - i);
+            store_some(w->gated + r * ffn + i, v, ffn - i);
+        }
+    wait_for_all(team);
+    return w->gated;
+}
 
 /* Each thread computes its share of every step. Post-norm keeps x as it is before the norm: the sum of a sublayer and
  * its residual is normalized when the next sublayer reads it. */
 static void run_layer(const Team *team, const Stack *stack, const State *state, const Pass *pass, int64_t index,
                       const Workspace *w) {
     const Layer *layer = stack->layers + index;
-    int64_t T = pass->tokens, dim = stack->dim, ffn = stack->ffn, pre = stack->pre_norm;
+    int64_t T = pass->tokens, dim = stack->dim, pre = stack->pre_norm;
     float *x = pass->x;
 
     const float *y = pre ? normalize(team, &layer->self_norm, x, T, dim, w) : x;
-    linear(team, &layer->qkv, y, T, w->projected, 3 * dim, NULL, NONE, w);
+    linear(team, &layer->qkv, y, T, w->projected, layer->qkv.out, NULL, NONE, w);
     wait_for_all(team);
     self_attention(team, stack, state, pass, index, w);
     wait_for_all(team);
@@ -451,7 +489,7 @@ static void run_layer(const Team *team, const Stack *stack, const State *state, 
 
     if (stack->attends_to_source) {
         y = normalize(team, pre ? &layer->source_norm : &layer->self_norm, x, T, dim, w);
-        linear(team, &layer->source_query, y, T, w->projected, dim, NULL, NONE, w);
+        linear(team, &layer->source_query, y, T, w->projected, layer->source_query.out, NULL, NONE, w);
         wait_for_all(team);
         source_attention(team, stack, state, pass, index, w);
         wait_for_all(team);
@@ -461,9 +499,9 @@ static void run_layer(const Team *team, const Stack *stack, const State *state, 
 
     const Norm *before = pre ? &layer->final_norm : stack->attends_to_source ? &layer->source_norm : &layer->self_norm;
     y = normalize(team, before, x, T, dim, w);
-    linear(team, &layer->fc1, y, T, w->inner, ffn, NULL, stack->activation, w);
+    linear(team, &layer->fc1, y, T, w->inner, layer->fc1.out, NULL, stack->gated ? NONE : stack->activation, w);
     wait_for_all(team);
-    linear(team, &layer->fc2, w->inner, T, x, dim, pre ? x : y, NONE, w);
+    linear(team, &layer->fc2, gate(team, stack, T, w), T, x, dim, pre ? x : y, NONE, w);
     wait_for_all(team);
     if (!pre) normalize_together(team, &layer->final_norm, x, T, dim, x);
 }
@@ -484,8 +522,9 @@ static void embed(const Team *team, const Stack *stack, const State *state, cons
             continue;
         }
         for (int64_t i = 0; i < pass->counts[s]; i++, x += dim) {
-            const float *token = stack->embedding + pass->token[offset + i] * dim;
-            const float *position = state->positions ? state->positions + (pass->starts[s] + i) * dim : NULL;
+            int64_t at = pass->starts[s] + i, starts = at == 0 && stack->start_row >= 0;
+            const float *token = stack->embedding + (starts ? stack->start_row : pass->token[offset + i]) * dim;
+            const float *position = state->positions ? state->positions + at * dim : NULL;
             for (int64_t d = 0; d < dim; d++)
                 x[d] = (float)stack->embed_scale * token[d] + (position ? position[d] : 0);
             if (stack->embed_norm.weight) normalize_row(&stack->embed_norm, x, x, dim);
@@ -729,8 +768,9 @@ int64_t bild_source_room(const Linear *both, int64_t rows) { return rows * both-
  * x: (rows, in), the rows of one sentence after those of another. y: scratch, with the room of bild_source_room. */
 void bild_source(const Stack *stack, const State *state, const Linear *both, const float *x, float *y,
                  int64_t threads) {
-    int64_t dim = stack->dim, heads = stack->heads, head_dim = dim / heads, capacity = state->source_capacity;
-    int64_t layers = both->out / (2 * dim), rows = 0;
+    int64_t width = attention_dim(stack), heads = stack->heads, head_dim = stack->head_dim;
+    int64_t capacity = state->source_capacity;
+    int64_t layers = both->out / (2 * width), rows = 0;
     for (int64_t s = 0; s < state->sentences; s++) rows += state->source_lengths[s];
     Workspace w = {.integers = y + rows * both->out};
     Barrier barrier = {0};
@@ -745,7 +785,7 @@ void bild_source(const Stack *stack, const State *state, const Linear *both, con
             for (int64_t unit = mine.from; unit < mine.to; unit++) {
                 int64_t layer = unit / heads, head = unit % heads;
                 int64_t at = ((layer * state->sentences + sentence) * heads + head) * head_dim * capacity;
-                store_keys(y + offset * both->out + layer * 2 * dim + head * head_dim, both->out, dim,
+                store_keys(y + offset * both->out + layer * 2 * width + head * head_dim, both->out, width,
                            state->source_lengths[sentence], 0, head_dim, capacity, state->source_keys + at,
                            state->source_values + at);
             }

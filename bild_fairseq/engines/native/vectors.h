@@ -135,4 +135,19 @@ static inline vec gelu(vec x) {
     return 0.5f * x * (1.0f + choose(x < 0, -erf, erf));
 }
 
+/* The same with tanh instead of erf: x / (1 + exp(-2 z)) is x * (1 + tanh(z)) / 2. */
+static inline vec gelu_tanh(vec x) {
+    vec z = 0.79788456f * (x + 0.044715f * x * x * x);
+    return x / (1.0f + vec_exp(-2.0f * z));
+}
+
+enum { NONE, RELU, GELU, GELU_TANH };
+
+static inline vec activate(int64_t activation, vec x) {
+    if (activation == RELU) return choose(x < 0, (vec){0}, x);
+    if (activation == GELU) return gelu(x);
+    if (activation == GELU_TANH) return gelu_tanh(x);
+    return x;
+}
+
 #endif
