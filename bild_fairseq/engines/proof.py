@@ -111,7 +111,7 @@ def _generate(
         lprobs = model.get_normalized_probs((logits[:, -1:].clone(), extra), log_probs=True, sample=None)
         steps[depth].append((logits[:, -1], lprobs[:, -1]))
         for one in exits:
-            logits = decoder.exit_logits(extra["inner_states"][one], one)[:, -1]
+            logits = decoder.exit_logits(extra["inner_states"][one], one, encoded, incremental_state)[:, -1]
             steps[one].append((logits, logits.float().log_softmax(dim=-1)))
     lengths, missing = [len(row) for row in tokens], list(getattr(decoder, "missing_rows", ()))
     return {one: _predictions(pairs, lengths, missing) for one, pairs in steps.items()}

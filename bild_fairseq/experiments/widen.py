@@ -38,7 +38,7 @@ from ..plugin.light import for_inference
 _PARTS = ("encoder", "decoder", "quant_noise")
 _MODELS = (TransformerModel, BARTModel, EarlyExitTransformerModel, EarlyExitBARTModel)
 
-_LAYER = r"(encoder|decoder)\.layers\.\d+\."
+_LAYER = r"(encoder\.layers\.\d+|decoder\.(layers|exit_own_layers\.\d+)\.\d+)\."
 _PROJECTION = r"((self|encoder)_attn\.[qkv]_proj|(self|encoder)_attn\.out_proj|fc1|fc2)"
 _LAYER_NORM = r"(self_attn_layer_norm|encoder_attn_layer_norm|final_layer_norm|attn_ln|ffn_layernorm)"
 # From units to units: repeated along both sides.

@@ -7,6 +7,7 @@ from fairseq.data import Dictionary
 from fairseq.models import register_model
 from torch import nn
 
+from ..errors import BildError
 from .early_exit import EarlyExitMixin, register_early_exit_architectures
 from .exits import ExitHeads, check_exit_layers, parse_exit_layers
 from .t5 import T5Decoder, T5Model
@@ -17,13 +18,15 @@ class EarlyExitT5Decoder(ExitHeads, T5Decoder):
     """T5's decoder plus one head for each exit; at full depth it is T5's decoder.
 
     Raises:
-        BildError: an exit above the second-highest layer.
+        BildError: an exit above the second-highest layer, or with layers of its own.
     """
 
     def __init__(self, args: argparse.Namespace, dictionary: Dictionary, embed_tokens: nn.Embedding):
         config = from_namespace(args)
         exit_layers = parse_exit_layers(args.exit_layers)
         check_exit_layers(exit_layers, config.num_decoder_layers, "--num-decoder-layers")
+        if args.exit_own_layers:
+            raise BildError(f"--exit-own-layers {args.exit_own_layers}: exits of T5 have no layers of their own")
         super().__init__(config, dictionary, embed_tokens)
         self.add_exits(exit_layers, args.exit_share_output_projection)
 

@@ -6,7 +6,8 @@ first layers of a decoder, with a head of their own, are the small model of the 
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from fairseq.models.transformer import TransformerConfig, TransformerDecoderBase
 from torch import Tensor, nn
@@ -59,6 +60,8 @@ def check_decoder_options(cfg: TransformerConfig) -> None:
         BildError: an exit above the second-highest layer, or an option that breaks the exits.
     """
     check_exit_layers(parse_exit_layers(cfg.exit_layers), cfg.decoder.layers)
+    if cfg.exit_own_layers < 0:
+        raise BildError(f"--exit-own-layers {cfg.exit_own_layers}: give a number of layers, 0 for none")
     if cfg.decoder.layerdrop > 0:
         raise BildError("--decoder-layerdrop skips layers, so an exit has no fixed layer under it; leave it 0")
     if cfg.adaptive_softmax_cutoff is not None:
@@ -78,14 +81,29 @@ class ExitHeads:
             decoder itself has none (post-norm, or ``--no-decoder-final-norm``).
         exit_output_projections: output projection of each exit, keyed by ``str(layer)``; empty
             where the exits share the decoder's.
+        exit_own_layers: decoder layers that only the exit has, between layer and head, keyed by ``str(layer)``; empty
+            unless there are some.
     """
 
-    def add_exits(self, exit_layers: Sequence[int], share_output_projection: bool) -> None:
-        """Makes the heads, as copies of the decoder's own."""
+    def add_exits(
+        self,
+        exit_layers: Sequence[int],
+        share_output_projection: bool,
+        own_layers: int = 0,
+        new_layer: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        """Makes the heads, as copies of the decoder's own.
+
+        Args:
+            own_layers: how many decoder layers each exit gets for itself, made by ``new_layer``.
+        """
         self.exit_layers = list(exit_layers)
         self.exit_layer_norms = nn.ModuleDict()
         self.exit_output_projections = nn.ModuleDict()
+        self.exit_own_layers = nn.ModuleDict()
         for key in map(str, self.exit_layers):
+            if own_layers:
+                self.exit_own_layers[key] = nn.ModuleList([new_layer() for _ in range(own_layers)])
             if self.layer_norm is not None:
                 self.exit_layer_norms[key] = copy.deepcopy(self.layer_norm)
             if not share_output_projection:
@@ -109,18 +127,33 @@ class ExitHeads:
             return self.exit_output_projections[key]
         return self.output_projection
 
+    def own_layers(self, exit_layer: int) -> Sequence[nn.Module]:
+        """The decoder layers that only an exit has."""
+        key = str(exit_layer)
+        return list(self.exit_own_layers[key]) if key in self.exit_own_layers else []
+
     def exit_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that only the exits have."""
         yield from self.exit_layer_norms.parameters()
         yield from self.exit_output_projections.parameters()
+        yield from self.exit_own_layers.parameters()
 
-    def exit_logits(self, inner_state: Tensor, exit_layer: int) -> Tensor:
+    def exit_logits(
+        self,
+        inner_state: Tensor,
+        exit_layer: int,
+        encoder_out: dict[str, list[Tensor]] | None = None,
+        incremental_state: dict[str, Any] | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
         """Unnormalised scores of an exit.
 
         Args:
             inner_state: output of layer `exit_layer`, (time, batch, dim); fairseq's
                 ``extra["inner_states"][exit_layer]``.
             exit_layer: one of `exit_layers`.
+            encoder_out, incremental_state: what the decoder was given; for exits with layers of their own.
+            padding: (batch, time), true at padding of what the decoder has read; for the same.
 
         Returns:
             (batch, time, vocab)
@@ -129,16 +162,31 @@ class ExitHeads:
             BildError: `exit_layer` is not one of `exit_layers`.
         """
         self.check_exit(exit_layer)
+        for layer in self.own_layers(exit_layer):
+            inner_state = self._run_own_layer(layer, inner_state, encoder_out, incremental_state, padding)
         norm = self.exit_layer_norm(exit_layer)
         features = inner_state if norm is None else norm(inner_state)
         features = features.transpose(0, 1)  # (batch, time, dim)
         return self.project_to_vocabulary(features, self.exit_output_projection(exit_layer))
 
+    def _run_own_layer(self, layer, x, encoder_out, incremental_state, padding) -> Tensor:
+        """One layer as ``TransformerDecoderBase`` runs its own: (time, batch, dim) -> (time, batch, dim)."""
+        states, masks = encoder_out["encoder_out"], encoder_out["encoder_padding_mask"]
+        return layer(
+            x,
+            states[0] if states else None,
+            masks[0] if masks else None,
+            incremental_state,
+            self_attn_mask=None if incremental_state is not None else self.buffered_future_mask(x),
+            self_attn_padding_mask=padding if padding is not None and padding.any() else None,
+        )[0]
+
     def fill_missing_exits(self, state_dict: dict[str, Tensor], name: str) -> None:
         """Completes the checkpoint of a plain model, in place, so that it loads strictly.
 
         An exit that the checkpoint lacks starts from the checkpoint's own final layer norm and
-        output projection; where it lacks those too, from what the exit holds now.
+        output projection, its own layers from the layers above the exit; where it lacks those too, from what the exit
+        holds now.
 
         Args:
             state_dict: parameters by name, already upgraded to this fairseq's names.
@@ -146,21 +194,33 @@ class ExitHeads:
         """
         filled = []
         for heads, origin in (
-            ("exit_layer_norms", "layer_norm"),
-            ("exit_output_projections", "output_projection"),
+            ("exit_layer_norms", _origin("layer_norm")),
+            ("exit_output_projections", _origin("output_projection")),
+            ("exit_own_layers", _origin_of_own_layer),
         ):
             for key, current in getattr(self, heads).state_dict().items():
                 if f"{name}.{heads}.{key}" in state_dict:
                     continue
-                parameter = key.partition(".")[2]  # "weight" of "1.weight"
-                start = state_dict.get(f"{name}.{origin}.{parameter}", current)
+                start = state_dict.get(f"{name}.{origin(key)}", current)
                 state_dict[f"{name}.{heads}.{key}"] = start
                 filled.append(f"{heads}.{key}")
         if filled:
             logger.info(
-                "the checkpoint has no %s; they start as copies of its final layer norm and output projection",
+                "the checkpoint has no %s; they start as copies of its final layer norm and output projection, and "
+                "of the layers above an exit",
                 ", ".join(filled),
             )
+
+
+def _origin(module: str) -> Callable[[str], str]:
+    """From what an exit's weight is copied: ``"1.weight"`` -> ``"layer_norm.weight"``."""
+    return lambda key: f"{module}.{key.partition('.')[2]}"
+
+
+def _origin_of_own_layer(key: str) -> str:
+    """The same for an exit's own layers: ``"2.0.fc1.bias"`` -> ``"layers.2.fc1.bias"``, the layer above the exit."""
+    exit_layer, number, parameter = key.split(".", 2)
+    return f"layers.{int(exit_layer) + int(number)}.{parameter}"
 
 
 class EarlyExitTransformerDecoder(ExitHeads, TransformerDecoderBase):
@@ -173,7 +233,12 @@ class EarlyExitTransformerDecoder(ExitHeads, TransformerDecoderBase):
     def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None):
         check_decoder_options(cfg)
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
-        self.add_exits(parse_exit_layers(cfg.exit_layers), cfg.exit_share_output_projection)
+        self.add_exits(
+            parse_exit_layers(cfg.exit_layers),
+            cfg.exit_share_output_projection,
+            cfg.exit_own_layers,
+            lambda: self.build_decoder_layer(cfg, no_encoder_attn),
+        )
 
     def project_to_vocabulary(self, features: Tensor, projection: nn.Module) -> Tensor:
         """Scores of the next token, (..., vocab), from the output of a final norm, (..., dim)."""

@@ -12,7 +12,7 @@ from .exits import EarlyExitTransformerDecoder, ExitHeads
 
 
 def exit_model(model: nn.Module, exit_layer: int) -> FairseqEncoderDecoderModel:
-    """The first `exit_layer` decoder layers of an early-exit model, with that exit's head.
+    """The first `exit_layer` decoder layers of an early-exit model, with that exit's own layers and head.
 
     Args:
         model: an early-exit model, on any device, in any precision.
@@ -51,8 +51,8 @@ def _truncated_decoder(full: EarlyExitTransformerDecoder, exit_layer: int) -> Tr
     for name, module in full.named_children():
         if hasattr(decoder, name) and name not in replaced:
             setattr(decoder, name, module)
-    decoder.layers = nn.ModuleList(full.layers[:exit_layer])
+    decoder.layers = nn.ModuleList([*full.layers[:exit_layer], *full.own_layers(exit_layer)])
     decoder.layer_norm = full.exit_layer_norm(exit_layer)
-    decoder.num_layers = cfg.decoder.layers = exit_layer
+    decoder.num_layers = cfg.decoder.layers = len(decoder.layers)
     decoder.training = full.training
     return decoder

@@ -43,6 +43,8 @@ VARIANTS = {
     "pre-norm, own projections": {"decoder_learned_pos": True, **PRE_NORM, **OWN},
     "output dimension": {"decoder_output_dim": 10, **PRE_NORM},
     "BART": {"arch": "early_exit_bart_base"},
+    "own layers": {"exit_own_layers": 1},
+    "pre-norm, own layers": {"exit_own_layers": 2, **PRE_NORM, **OWN},
 }
 DEPTH = 3
 

@@ -406,7 +406,8 @@ def test_a_rounded_copy_leaves_the_model_alone():
 
 @functools.cache
 def early_exit_engine(precision="float32"):
-    made = model(4, arch="early_exit_transformer", exit_layers="1", decoder_layers=3, **PRE_NORM)
+    options = {"exit_layers": "1", "decoder_layers": 3, "exit_own_layers": 1, **PRE_NORM}
+    made = model(4, arch="early_exit_transformer", **options)
     return NativeEngine(made, precision)
 
 

@@ -40,6 +40,8 @@ KINDS = {
     "exits with projections, tied": {**EXIT, **PRE_NORM, **TIED, "exit_share_output_projection": False},
     "post-norm exits, tied": {**EXIT, **TIED},
     "post-norm exits with projections, tied": {**EXIT, **TIED, "exit_share_output_projection": False},
+    "exits with layers, tied": {**EXIT, **PRE_NORM, **TIED, "exit_own_layers": 1},
+    "post-norm exits with layers": {**EXIT, "exit_own_layers": 2},
     "BART": {"arch": "bart_base"},
     "mBART with exits": {"arch": "early_exit_mbart_base", **PRE_NORM, "exit_layers": [1]},
 }

@@ -28,8 +28,11 @@ VARIANTS = {
     "no final norm": ("transformer", {**PRE_NORM, "no_decoder_final_norm": True}),
     "output dimension": ("transformer", {**PRE_NORM, **OWN, "decoder_output_dim": 8}),
     "learned positions": ("transformer", {"decoder_learned_pos": True}),
+    "own layers": ("transformer", {"exit_own_layers": 1}),
+    "pre-norm, own layers": ("transformer", {**PRE_NORM, **OWN, "exit_own_layers": 2}),
     "BART": ("bart_base", {}),
     "BART, own projections": ("bart_base", OWN),
+    "BART, own layers": ("bart_base", {"exit_own_layers": 1}),
 }
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -72,6 +75,7 @@ def test_every_stock_architecture_has_an_early_exit_one_of_the_same_size(stock_m
         assert exits == {
             "exit_layers": [1],
             "exit_share_output_projection": True,
+            "exit_own_layers": 0,
             "exit_freeze_model": False,
         }
 
@@ -109,9 +113,10 @@ def test_exit_is_a_stock_model_with_fewer_layers(variant, exit_layer):
     """Both ways to an exit's scores equal a stock model built and loaded with that many layers."""
     model = early_exit(variant)
     inputs = batch()
+    own_layers = VARIANTS[variant][1].get("exit_own_layers", 0)
     reference = plain(
         variant,
-        decoder_layers=exit_layer,
+        decoder_layers=exit_layer + own_layers,
         share_all_embeddings=False,
         share_decoder_input_output_embed=False,
     )
@@ -124,6 +129,10 @@ def test_exit_is_a_stock_model_with_fewer_layers(variant, exit_layer):
             name = f"decoder.{exit_own}.{exit_layer}.{parameter}"
             if name in weights:
                 weights[f"decoder.{own}.{parameter}"] = weights[name]
+    for number in range(own_layers):
+        prefix = f"decoder.exit_own_layers.{exit_layer}.{number}."
+        for name in [name for name in weights if name.startswith(prefix)]:
+            weights[f"decoder.layers.{exit_layer + number}.{name.removeprefix(prefix)}"] = weights[name]
     wanted_names = reference.state_dict().keys()
     reference.load_state_dict({n: w for n, w in weights.items() if n in wanted_names})
 
@@ -146,7 +155,8 @@ def test_exit_model_is_stock_and_shares_everything(variant):
     assert small.encoder is model.encoder
     assert small.max_positions() == model.max_positions()
     assert not small.training and not small.decoder.training
-    assert small.decoder.num_layers == small.cfg.decoder.layers == len(small.decoder.layers) == 2
+    assert small.decoder.num_layers == small.cfg.decoder.layers == len(small.decoder.layers)
+    assert small.decoder.num_layers == 2 + VARIANTS[variant][1].get("exit_own_layers", 0)
     assert model.decoder.num_layers == model.cfg.decoder.layers == 3
     owned = {parameter.data_ptr() for parameter in model.parameters()}
     assert all(parameter.data_ptr() in owned for parameter in small.parameters())
@@ -182,6 +192,7 @@ def test_exits_cost_nothing_unless_asked_for(monkeypatch):
         ({"decoder_layerdrop": 0.1}, r"--decoder-layerdrop"),
         ({"adaptive_softmax_cutoff": "5"}, r"--adaptive-softmax-cutoff"),
         ({"base_layers": 1}, r"--base-layers"),
+        ({"exit_own_layers": -1}, r"--exit-own-layers -1: give a number of layers"),
         ({"exit_freeze_model": True}, r"--exit-freeze-model leaves nothing to train"),
     ],
 )
@@ -217,7 +228,7 @@ def test_command_line_options(monkeypatch):
         command_line("--exit-layers", "2,1")
 
 
-@pytest.mark.parametrize("variant", ["pre-norm", "own projections, tied embeddings"])
+@pytest.mark.parametrize("variant", ["pre-norm", "own projections, tied embeddings", "own layers"])
 def test_frozen_model_trains_its_exits_only_and_drops_nothing_out(variant):
     model = early_exit(variant, exit_freeze_model=True, dropout=0.5).train()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -241,6 +252,10 @@ def test_plain_checkpoint_gives_the_exits_its_own_head(variant):
         if norm is not None:
             assert torch.equal(norm.weight, stock.decoder.layer_norm.weight)
             assert torch.equal(norm.bias, stock.decoder.layer_norm.bias)
+        for number, own in enumerate(decoder.own_layers(layer)):
+            if layer + number < len(stock.decoder.layers):
+                above = stock.decoder.layers[layer + number].state_dict()
+                assert all(torch.equal(weight, above[name]) for name, weight in own.state_dict().items())
     storages = [p.data_ptr() for p in decoder.exit_parameters()]
     assert len(set(storages)) == len(storages)
 

@@ -13,6 +13,7 @@ from torch import nn
 from ...decoding.constraints import Constraints
 from ...decoding.reader import Prediction, Verdict
 from ..base import Engine, Logits, Pass
+from ..heads import layers_of
 from ..readers import EngineReader
 from . import structs
 from .build import library
@@ -39,7 +40,7 @@ class NativeEngine(Engine):
         self._stack = PackedStack(decoder, packer)
         self.depth = self._stack.depth
         self._heads = packer.heads(decoder)
-        attentions = [layer.encoder_attn for layer in decoder.layers]
+        attentions = [layer.encoder_attn for layer in layers_of(decoder)[0]]
         self._source = packer.linear(*(part for a in attentions for part in (a.k_proj, a.v_proj)))
 
     def start(self, net_input: dict[str, Any]) -> NativeState:
@@ -47,7 +48,7 @@ class NativeEngine(Engine):
 
     def _start(self, net_input: dict[str, Any]) -> NativeState:
         x, lengths = self._encoder(net_input)
-        state = NativeState(self._stack, len(lengths), 32 + 2 * max(lengths), self.depth)
+        state = NativeState(self._stack, len(lengths), 32 + 2 * max(lengths), self._stack.layers)
         state.reserve_source(lengths)
         source = ctypes.addressof(self._source)
         projected = torch.empty(self._library.bild_source_room(source, len(x)))

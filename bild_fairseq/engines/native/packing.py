@@ -10,7 +10,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from ..heads import heads_of
+from ..heads import heads_of, layers_of
 from ..positions import position_table
 from ..precision import quantize
 from ..supported import is_t5
@@ -159,7 +159,7 @@ def _huge_pages(size: int) -> Tensor:
 
 
 class PackedStack:
-    """The embeddings and layers of a fairseq encoder or decoder.
+    """The embeddings and layers of a fairseq encoder or decoder, those that only an exit has among them.
 
     Args:
         module: one that :func:`~bild_fairseq.engines.native.options.missing_option` has nothing against, in eval mode.
@@ -170,12 +170,14 @@ class PackedStack:
         first, t5 = module.layers[0], is_t5(module)
         self.depth, self.dim = len(module.layers), module.embed_tokens.embedding_dim
         self.heads, self.head_dim = first.self_attn.num_heads, first.self_attn.head_dim
+        layers, self.own = layers_of(module)
+        self.layers = len(layers)
         self.panel = packer.panel
         self._embed_positions = None if t5 else module.embed_positions
         self._position_table = torch.empty(0, self.dim)
         self._position_bias = module.relative_attention_bias if t5 else None
         self._bias_table = torch.empty(self.heads, 0)
-        self._layers = (structs.Layer * self.depth)(*map(packer.layer, module.layers))
+        self._layers = (structs.Layer * self.layers)(*map(packer.layer, layers))
         self._struct = structs.Stack(
             dim=self.dim,
             heads=self.heads,

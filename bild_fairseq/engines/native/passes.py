@@ -47,7 +47,8 @@ class PassBuffers:
         struct.selected = address + 24 * count
         struct.token = None if step.layers[0] else address + 24 * count + 8 * len(selected)
         struct.x = self._x.data_ptr()
-        struct.first, struct.end = step.layers
+        own = stack.own.get(step.layers[1], range(0))
+        struct.first, struct.end, struct.own_first, struct.own_end = *step.layers, own.start, own.stop
         struct.keep = step.keep
         struct.threads = torch.get_num_threads()
         if selected:

@@ -85,7 +85,7 @@ class NativeState(State):
         """Makes room for the keys and values of sources, given the positions of each."""
         stack, struct = self._stack, self.struct
         capacity = stack.round_up(max(lengths))
-        size = stack.depth * self.batch * stack.heads * stack.head_dim * capacity
+        size = stack.layers * self.batch * stack.heads * stack.head_dim * capacity
         # The kernels read, and ignore, up to a panel beyond the last number.
         keys, values, counts = torch.empty(size + stack.panel), torch.empty(size + stack.panel), array("q", lengths)
         self._source = (keys, values, counts)

@@ -56,7 +56,7 @@ class Pass(ctypes.Structure):
     _fields_ = [
         *_fields("sentences", "rows starts counts"),
         *_fields("tokens", "token x"),
-        *_fields("first end keep", "head"),
+        *_fields("first end own_first own_end keep", "head"),
         *_fields("predictions", "selected logits"),
         *_fields("logits_stride", "log_normalizer"),
         *_fields("threads room", "workspace"),

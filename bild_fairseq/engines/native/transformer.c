@@ -84,6 +84,7 @@ typedef struct {
     int64_t *token;                  /* (T), or NULL to go on from the state's hidden states */
     float *x;                        /* (T, dim): where hidden states are computed */
     int64_t first, end;              /* layers first .. end - 1 */
+    int64_t own_first, own_end;      /* then those that only an exit has; none if both are the same */
     int64_t keep;                    /* copy the hidden states into the state */
     const Head *head;                /* NULL for no predictions */
     int64_t predictions;
@@ -602,12 +603,14 @@ static void run(const Stack *stack, const State *state, const Pass *pass) {
         if (team.thread == 0) threads = team.threads;
         embed(&team, stack, state, pass);
         for (int64_t index = pass->first; index < pass->end; index++) run_layer(&team, stack, state, pass, index, &w);
+        if (pass->keep && !team.thread) keep_hidden(stack, state, pass);
+        if (pass->own_first < pass->own_end) wait_for_all(&team);
+        for (int64_t i = pass->own_first; i < pass->own_end; i++) run_layer(&team, stack, state, pass, i, &w);
         const Norm *last = &stack->output_norm;
         if (last->weight) normalize_together(&team, last, pass->x, pass->tokens, stack->dim, pass->x);
         if (pass->predictions) predict(&team, stack, pass, &w);
     }
     combine_normalizers(pass, &w, threads);
-    if (pass->keep) keep_hidden(stack, state, pass);
 }
 
 /* Floats that the pass's workspace must have room for, if there is not enough; else 0. */

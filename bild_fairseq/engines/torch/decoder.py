@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Logits, Pass
+from ..heads import layers_of
 from .attention import Source, SourceAttention
 from .cache import DecoderState, Span, additive_mask
 from .linear import RowFn
@@ -27,7 +28,7 @@ class CachedDecoder(ABC):
 
     Args:
         decoder: supported, in eval mode, on the device and in the precision to decode with.
-        layers: what its layers compute.
+        layers: what its layers compute, in the order of ``layers_of``.
         heads: by depth, from hidden states (rows, dim) to logits (rows, vocab).
         source: its encoder-decoder attention, if it has any.
     """
@@ -41,14 +42,15 @@ class CachedDecoder(ABC):
     ):
         first = decoder.layers[0]
         self._layers, self._heads, self._source = layers, heads, source
+        self._depth, self._own = len(decoder.layers), layers_of(decoder)[1]
         self._head_shape = first.self_attn.num_heads, first.self_attn.head_dim
         self._like = first.fc1.weight.detach()
         self._position_table = self._like.new_empty(0, 0)
 
     @property
     def depth(self) -> int:
-        """Number of layers."""
-        return len(self._layers)
+        """Number of layers, without those that only an exit has."""
+        return self._depth
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +77,7 @@ class CachedDecoder(ABC):
 
     def new_state(self, batch: int, length: int) -> DecoderState:
         """A state without a source, with room for some positions."""
-        return DecoderState(self.depth, *self._head_shape, self._like, batch, length)
+        return DecoderState(len(self._layers), *self._head_shape, self._like, batch, length)
 
     def project_source(self, encoder_out: Tensor, padding_mask: Tensor | None) -> Source:
         """Keys and values of the source; see :meth:`SourceAttention.start`."""
@@ -95,7 +97,7 @@ class CachedDecoder(ABC):
     def run(
         self, state: DecoderState, span: Span, tokens: Tensor | None, layers: tuple[int, int], keep: bool
     ) -> Tensor:
-        """Some layers over a span: tokens (batch, new) to hidden states (batch * new, dim).
+        """Some layers over a span, and an exit's own ones: tokens (batch, new) to hidden states (batch * new, dim).
 
         Args:
             tokens: None to go on from hidden states that an earlier pass kept.
@@ -107,6 +109,8 @@ class CachedDecoder(ABC):
             x = self._layers[index](index, x, state, span)
         if keep:
             state.keep_hidden(x, span)
+        for index in self._own.get(layers[1], ()):
+            x = self._layers[index](index, x, state, span)
         return x
 
     def predict(self, x: Tensor, depth: int) -> Logits:

@@ -6,7 +6,7 @@ from fairseq.models.transformer import TransformerDecoderBase
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor, nn
 
-from ..heads import heads_of
+from ..heads import heads_of, layers_of
 from ..positions import position_table
 from .attention import SourceAttention, attend
 from .cache import DecoderState, Span
@@ -102,10 +102,10 @@ class CachedTransformer(CachedDecoder):
         self._embed_norm = norm(decoder.layernorm_embedding)
         self._project_in = None if decoder.project_in_dim is None else projection(decoder.project_in_dim)
         self._embed_positions = decoder.embed_positions
-        source = None
+        source, (all_layers, _) = None, layers_of(decoder)
         if decoder.layers[0].encoder_attn is not None:
-            source = SourceAttention([layer.encoder_attn for layer in decoder.layers])
-        layers = [_Layer(layer, source) for layer in decoder.layers]
+            source = SourceAttention([layer.encoder_attn for layer in all_layers])
+        layers = [_Layer(layer, source) for layer in all_layers]
         heads = {
             depth: _Head(final_norm, decoder.project_out_dim, output) for depth, final_norm, output in heads_of(decoder)
         }
