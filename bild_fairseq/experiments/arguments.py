@@ -8,6 +8,7 @@ from ..engines.precision import PRECISIONS
 from ..errors import BildError
 from ..plugin.generator import SearchOptions
 from .scoring import DEFAULT_ENCODER_JSON, DEFAULT_VOCAB_BPE, METRIC_NAMES, ScoreOptions
+from .subwords import SUBWORDS
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, subset: str, sentences: int = 100) -> None:
@@ -52,12 +53,13 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", help="raw reference text, to score detokenized output against")
     parser.add_argument(
         "--bpe",
-        choices=["subword_nmt", "gpt2", "none"],
+        choices=SUBWORDS,
         default="subword_nmt",
         help="subwords of the data (default: subword_nmt)",
     )
     parser.add_argument("--gpt2-encoder-json", default=DEFAULT_ENCODER_JSON, help="encoder.json, for --bpe gpt2")
     parser.add_argument("--gpt2-vocab-bpe", default=DEFAULT_VOCAB_BPE, help="vocab.bpe, for --bpe gpt2")
+    parser.add_argument("--sentencepiece-model", help="spiece.model, for --bpe sentencepiece")
 
 
 def add_drafting_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,4 +111,11 @@ def search_options(args: argparse.Namespace) -> SearchOptions:
 
 
 def score_options(args: argparse.Namespace) -> ScoreOptions:
-    return ScoreOptions(args.metric, args.reference, args.bpe, args.gpt2_encoder_json, args.gpt2_vocab_bpe)
+    return ScoreOptions(
+        metric=args.metric,
+        reference=args.reference,
+        bpe=args.bpe,
+        gpt2_encoder_json=args.gpt2_encoder_json,
+        gpt2_vocab_bpe=args.gpt2_vocab_bpe,
+        sentencepiece_model=args.sentencepiece_model,
+    )

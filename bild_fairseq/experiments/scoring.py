@@ -12,11 +12,12 @@ import numpy as np
 import sacrebleu
 import torch
 from fairseq.data import Dictionary
-from fairseq.data.encoders.gpt2_bpe import DEFAULT_ENCODER_JSON, DEFAULT_VOCAB_BPE, GPT2BPE, GPT2BPEConfig
+from fairseq.data.encoders.gpt2_bpe import DEFAULT_ENCODER_JSON, DEFAULT_VOCAB_BPE
 from fairseq.tasks import FairseqTask
 from sacremoses import MosesDetokenizer
 
 from ..errors import BildError
+from .subwords import GPT2, Marked, SentencePiece, Subwords
 
 METRIC_NAMES = {"bleu": "BLEU", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
 
@@ -28,9 +29,10 @@ class ScoreOptions:
     Attributes:
         metric: one of :data:`METRIC_NAMES`.
         reference: file of raw reference text, a sentence a line; None for the data's targets.
-        bpe: subwords of the data: ``subword_nmt``, ``gpt2`` or ``none``.
+        bpe: subwords of the data: one of :data:`~bild_fairseq.experiments.subwords.SUBWORDS`.
         gpt2_encoder_json: for ``gpt2``.
         gpt2_vocab_bpe: for ``gpt2``.
+        sentencepiece_model: for ``sentencepiece``.
     """
 
     metric: str = "bleu"
@@ -38,13 +40,26 @@ class ScoreOptions:
     bpe: str = "subword_nmt"
     gpt2_encoder_json: str = DEFAULT_ENCODER_JSON
     gpt2_vocab_bpe: str = DEFAULT_VOCAB_BPE
+    sentencepiece_model: str | None = None
+
+    def subwords(self) -> Subwords:
+        """What joins the data's subwords.
+
+        Raises:
+            BildError: a vocabulary is missing.
+        """
+        if self.bpe == "gpt2":
+            return GPT2(self.gpt2_encoder_json, self.gpt2_vocab_bpe)
+        if self.bpe == "sentencepiece":
+            return SentencePiece(self.sentencepiece_model)
+        return Marked("@@" if self.bpe == "subword_nmt" else "")
 
 
 class Scorer:
     """Quality of outputs against the references, for a corpus and from statistics of its sentences.
 
-    Without a reference file, references are the data's targets. Texts that are tokenized (all but GPT-2's) are
-    detokenized if there is a reference file.
+    Without a reference file, references are the data's targets. Texts that are tokenized (all but those of GPT-2's
+    subwords and SentencePiece) are detokenized if there is a reference file.
 
     Args:
         task: with the subset loaded.
@@ -60,11 +75,11 @@ class Scorer:
         self._dictionary = task.target_dictionary
         self._ids = sorted(ids)
         self._metric = options.metric
-        self._gpt2 = _gpt2_bpe(options) if options.bpe == "gpt2" else None
-        self._subword_mark = "@@ " if options.bpe == "subword_nmt" else None
-        raw = bool(options.reference) or self._gpt2 is not None
+        self._subwords = options.subwords()
+        tokenized = self._subwords.tokenized
+        raw = bool(options.reference) or not tokenized
         self._detokenizer = None
-        if options.reference and self._gpt2 is None:
+        if options.reference and tokenized:
             self._detokenizer = MosesDetokenizer(lang=getattr(task.cfg, "target_lang", None) or "en")
         tokenizer = {} if raw else {"tokenize": "none", "force": True}
         self._bleu = sacrebleu.BLEU(**tokenizer)
@@ -93,20 +108,11 @@ class Scorer:
 
     def plain(self, dictionary: Dictionary, tokens: Sequence[int]) -> str:
         """Tokens of either side as text without subword marks."""
-        line = dictionary.string(torch.tensor(tokens, dtype=torch.long), self._subword_mark)
-        if self._gpt2 is None:
-            return line
-        # Dictionaries of BART hold a few words that fill them up and are no numbers.
-        known = (word for word in line.split() if word.isdigit() or word in ("<unk>", "<mask>"))
-        return self._gpt2.decode(" ".join(known)).replace("\n", " ").strip()
+        return self._subwords.join(dictionary.string(torch.tensor(tokens, dtype=torch.long)))
 
     def piece(self, token: int) -> str:
         """One token of the target side with the space that belongs to it: the pieces of a text make it up."""
-        word = self._dictionary[token]
-        if self._gpt2 is not None:
-            return self._gpt2.decode(word) if word.isdigit() else word
-        mark = (self._subword_mark or "").strip()
-        return word[: -len(mark)] if mark and word.endswith(mark) else f"{word} "
+        return self._subwords.piece(self._dictionary[token])
 
     def texts(self, outputs: dict[int, list[int]]) -> list[str]:
         """Outputs as text, in order of the sentences."""
@@ -193,17 +199,6 @@ def quality_change(scorer: Scorer, ours: np.ndarray, theirs: np.ndarray) -> tupl
     resampled = np.sort(scorer.from_statistics(weights @ ours) - scorer.from_statistics(weights @ theirs))
     change = scorer.from_statistics(ours.sum(axis=0)) - scorer.from_statistics(theirs.sum(axis=0))
     return float(change), float(resampled[25]), float(resampled[974])
-
-
-def _gpt2_bpe(options: ScoreOptions) -> GPT2BPE:
-    config = GPT2BPEConfig(gpt2_encoder_json=options.gpt2_encoder_json, gpt2_vocab_bpe=options.gpt2_vocab_bpe)
-    try:
-        return GPT2BPE(config)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BildError(
-            f"--bpe gpt2: {reason}; give --gpt2-encoder-json encoder.json --gpt2-vocab-bpe vocab.bpe"
-        ) from error
 
 
 def _rouge_scorer(metric: str) -> Any:

@@ -13,6 +13,7 @@ from fairseq.data import Dictionary
 from torch import Tensor
 
 from ..errors import BildError
+from .subwords import sentencepiece_model
 
 # How many sentinels T5's tokenizer adds behind the pieces unless tokenizer_config.json says otherwise.
 SENTINELS = 100
@@ -98,14 +99,7 @@ def _dictionary(named: list[tuple[int, str]]) -> Dictionary:
 
 def _read_pieces(spiece: Path, config: Mapping[str, Any]) -> tuple[list[str], int]:
     """The pieces by id, and the id of the unknown one."""
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError as error:
-        raise BildError("sentencepiece is not installed; pip install sentencepiece") from error
-    try:
-        processor = SentencePieceProcessor(model_file=str(spiece))
-    except (OSError, RuntimeError) as error:
-        raise BildError(f"{spiece}: is no SentencePiece model") from error
+    processor = sentencepiece_model(str(spiece))
     for name, number in (("pad_token_id", processor.pad_id()), ("eos_token_id", processor.eos_id())):
         if config[name] != number:
             raise BildError(f"{spiece}: has {name} {number}, config.json {config[name]}; they belong to two models")

@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import sacrebleu
+import sentencepiece
 import support
 from script_support import MemoryTask
 
 from bild_fairseq.errors import BildError
 from bild_fairseq.experiments.scoring import ScoreOptions, Scorer, quality_change
+from bild_fairseq.experiments.subwords import SentencePiece
 
 
 def scorer(references: list[str], **options: object) -> Any:
@@ -72,3 +74,26 @@ def test_change_of_quality_is_paired():
     better = scores.statistics({i: [words.index(w) for w in line.split()] for i, line in enumerate(references)})
     change, low, high = quality_change(scores, better, statistics)
     assert 0 < low < change < high
+
+
+def test_sentencepiece_text_is_that_of_its_library(tmp_path):
+    """Bytes become characters, and what is no piece is no text."""
+    model = tmp_path / "spiece.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["ab abc cab", "bca b a c"] * 20),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=270,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    subwords = SentencePiece(str(model))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode("cab abc é a", out_type=str)
+    assert any(piece.startswith("<0x") for piece in pieces)
+    assert subwords.join(" ".join([*pieces[:2], "<extra_id_3>", "<unk>", *pieces[2:]])) == "cab abc é a"
+    assert "".join(map(subwords.piece, ["\u2581ca", "b", "\u2581a"])) == " cab a"
+
+    with pytest.raises(BildError, match="give --sentencepiece-model spiece.model"):
+        scorer(["w1"], bpe="sentencepiece")
+    with pytest.raises(BildError, match="nowhere: is no SentencePiece model"):
+        scorer(["w1"], bpe="sentencepiece", sentencepiece_model="nowhere")
