@@ -50,6 +50,13 @@ def test_imports_go_one_way():
     assert not wrong_imports(ROOT), "\n".join(wrong_imports(ROOT))
 
 
+def test_transformers_is_for_tests_only():
+    """T5 is converted and run without it."""
+    for path in [*ROOT.glob("bild_fairseq/**/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("examples/**/*.py")]:
+        package = ".".join(path.relative_to(ROOT).parent.parts)
+        assert not [name for name in imported(path, package) if name.split(".")[0] == "transformers"], path
+
+
 PLANTED = {
     "from ..engines import readers": "decoding/decode.py",
     "from bild_fairseq.plugin.flags import check": "engines/native/engine.py",

@@ -53,3 +53,18 @@ search=(--max-len-b 140 --min-len 55 --no-repeat-ngram-size 3)
 # scripts/sweep.py and scripts/calibrate.py
 sweep=(--fallback 0.1,0.2,0.3,0.4,0.6 --rollback 1,3,6 --ablations)
 calibrate=()
+
+# MODELS=paper (../common/paper.sh): the large, the small and the aligned small model of the paper's authors.
+paper_models=(T5-large-cnndm T5-small-cnndm T5-small-cnndm-bild-aligned)
+# T5's prefix. The limits, in pieces, are the authors'.
+paper_preprocess=(--prefix 'summarize: ' --longest 1024 --longest-target 128)
+# A head on the first of T5-small's 6 decoder layers; the loss is the mean of both. The paper has this for translation
+# only.
+# Adafactor at a constant rate with batches of 16, as in the public reproduction's trainings of mT5-small, but fewer
+# updates: training starts from the authors' fine-tuned model.
+paper_early_exit=(
+    --arch early_exit_t5_small --exit-layers 1 --dropout 0.1
+    --optimizer adafactor --lr 2e-4 --lr-scheduler fixed --clip-norm 1.0
+    --criterion early_exit_label_smoothed_cross_entropy --label-smoothing 0
+    --batch-size 4 --update-freq 4 --max-update 50000
+)

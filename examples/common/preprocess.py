@@ -2,10 +2,12 @@
 
     python preprocess.py translation RAW OUT --languages de en --merges 10000
     python preprocess.py summarization RAW OUT --vocabulary FOLDER
+    python preprocess.py t5 RAW OUT --languages de en --model CONVERTED
 
 RAW has {train,valid,test}.{SOURCE,TARGET}; the result is OUT/data-bin. Translation: Moses tokenization (no escaping,
 aggressive dash splits, as fairseq's `--tokenizer moses --moses-no-escape`), then joint BPE with subword-nmt.
-Summarization: GPT-2's byte-level BPE, as for BART. What is there already is not made again.
+Summarization: GPT-2's byte-level BPE, as for BART. T5: the SentencePiece of a folder that scripts/convert_t5.py wrote,
+behind the task's prefix. What is there already is not made again.
 """
 
 import argparse
@@ -104,6 +106,38 @@ def is_clean(source: str, target: str, longest: int, ratio: float) -> bool:
     """Return whether a training pair is of moderate and similar lengths, in subwords."""
     shorter, longer = sorted((len(source.split()), len(target.split())))
     return 0 < shorter and longer <= longest and longer <= ratio * shorter
+
+
+@functools.cache
+def load_pieces(path: pathlib.Path) -> Any:
+    # Only T5 needs the library.
+    from sentencepiece import SentencePieceProcessor
+
+    return SentencePieceProcessor(model_file=str(path))
+
+
+def apply_pieces(line: str, path: pathlib.Path, prefix: str, longest: int) -> str:
+    """Return at most ``longest`` pieces of a line behind the prefix, the end symbol among them.
+
+    fairseq adds that symbol when it binarizes.
+    """
+    return " ".join(load_pieces(path).encode(prefix + line, out_type=str)[: longest - 1])
+
+
+def encode_t5(args: argparse.Namespace, languages: tuple[str, str]) -> list[str]:
+    """Write OUT/PART.bpe.LANGUAGE; return the dictionaries' flags of fairseq-preprocess."""
+    longest = (args.longest, args.longest_target)
+    for part in PARTS:
+        raw = raw_files(args.raw, part, languages)
+        for language, path, prefix, limit in zip(languages, raw, (args.prefix, ""), longest, strict=True):
+            out = args.out / f"{part}.bpe.{language}"
+            if not out.exists():
+                say(f"splitting the words of {path.name}")
+                function = functools.partial(
+                    apply_pieces, path=args.model / "spiece.model", prefix=prefix, longest=limit
+                )
+                write(out, convert(read(path), function, args.workers))
+    return ["--srcdict", str(args.model / "dict.txt"), "--joined-dictionary"]
 
 
 def encode_translation(args: argparse.Namespace, languages: tuple[str, str]) -> list[str]:
@@ -222,11 +256,13 @@ def parse_args() -> argparse.Namespace:
     kinds = parser.add_subparsers(dest="kind", required=True)
     translation = kinds.add_parser("translation", help="Moses tokenization, BPE of subword-nmt")
     summarization = kinds.add_parser("summarization", help="GPT-2's BPE, suffixes source and target")
-    for kind in (translation, summarization):
+    t5 = kinds.add_parser("t5", help="SentencePiece of a converted T5")
+    for kind in (translation, summarization, t5):
         kind.add_argument("raw", type=pathlib.Path, help="folder with the raw text")
         kind.add_argument("out", type=pathlib.Path, help="folder to write")
         kind.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
-    translation.add_argument("--languages", nargs=2, required=True, metavar=("SOURCE", "TARGET"))
+    for kind in (translation, t5):
+        kind.add_argument("--languages", nargs=2, required=True, metavar=("SOURCE", "TARGET"))
     translation.add_argument("--merges", type=int, default=10000, help="BPE merges to learn (default: %(default)s)")
     translation.add_argument("--models", type=pathlib.Path, help="folder with codes and dict.* to use instead")
     translation.add_argument("--joined-dictionary", action="store_true", help="one dictionary for both languages")
@@ -246,7 +282,22 @@ def parse_args() -> argparse.Namespace:
     summarization.add_argument(
         "--longest", type=int, default=1022, help="subwords; what is longer is cut there (default: %(default)s)"
     )
+    add_t5_arguments(t5)
     return parser.parse_args()
+
+
+def add_t5_arguments(parser: argparse.ArgumentParser) -> None:
+    """What T5 needs, with the limits of the paper's authors."""
+    parser.add_argument(
+        "--model", type=pathlib.Path, required=True, help="folder that convert_t5.py wrote: spiece.model, dict.txt"
+    )
+    parser.add_argument("--prefix", default="", help="what stands before every source, with the space behind it")
+    parser.add_argument(
+        "--longest", type=int, default=1024, help="pieces of a source, prefix and end included (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--longest-target", type=int, default=128, help="pieces of a target, end included (default: %(default)s)"
+    )
 
 
 def main() -> None:
@@ -255,11 +306,11 @@ def main() -> None:
         return say(f"{args.out / 'data-bin'} is there: nothing to do")
     args.out.mkdir(parents=True, exist_ok=True)
     languages = SUMMARIZATION
-    if args.kind == "translation":
-        languages = tuple(args.languages)
-        flags = encode_translation(args, languages)
-    else:
+    if args.kind == "summarization":
         flags = encode_summarization(args)
+    else:
+        languages = tuple(args.languages)
+        flags = (encode_t5 if args.kind == "t5" else encode_translation)(args, languages)
     binarize(args.out, languages, flags, args.workers)
 
 

@@ -6,6 +6,7 @@
 #   DOWNLOADS   folder where published archives are, or will be put (default: WORK/download)
 #   LARGE, SMALL, ALIGNED, EARLY_EXIT   checkpoints to use instead of the ones trained here
 #   GPT2_BPE    summarization: folder with encoder.json and vocab.bpe, instead of a download
+#   MODELS=paper, PAPER_MODELS   the models of the paper's authors, and where they are; see paper.sh
 #   SENTENCES   how many sentences are measured (default: the settings')
 #   SUBSETS     parts of the data that `evaluate` measures (default: valid test)
 #   RESULTS     folder for what is measured (default: WORK/results)
@@ -18,12 +19,20 @@
 known_steps=(prepare train-large train-small align train-early-exit calibrate sweep evaluate figures table)
 # A benchmark that starts from trained models says otherwise in its settings.
 [[ -n ${all_steps[*]:-} ]] || all_steps=("${known_steps[@]}")
+# The model that the early-exit model starts from, and half precision of fairseq-train on a GPU.
+whole=large
+half=--fp16
+requirements=(examples/common/requirements.txt)
+table_flags=()
 
 root=$(cd "$here/../.." && pwd)
 common=$root/examples/common
 quickstart=$root/examples/quickstart
-work=${WORK:-$here/work}
-downloads=${DOWNLOADS:-$work/download}
+top=${WORK:-$here/work}
+raw=$top/raw
+downloads=${DOWNLOADS:-$top/download}
+work=$top
+[[ ${MODELS:-} != paper ]] || work=$top/paper
 vocabulary=${GPT2_BPE:-$work/data/gpt2_bpe}
 data=$work/data/data-bin
 direction=(--source-lang "$source_language" --target-lang "$target_language")
@@ -78,38 +87,47 @@ find_model() {
         fi
     done
     [[ -n ${DRY_RUN:-} ]] || return 1
-    echo "$work/$name.pt"
+    echo "${!shipped:-$work/$name.pt}"
 }
 
 # need_model NAME STEP: the same, and the step that makes the model is named if there is none.
 need_model() {
-    find_model "$1" || fail "no $1 model: run 'bash run.sh $2' first, or name a checkpoint in ${1^^}"
+    find_model "$1" || fail "no $1 model: run 'bash run.sh ${models_step:-$2}' first, or name a checkpoint in ${1^^}"
 }
 
 declare -F extract >/dev/null || extract() {
-    run python "$common/extract.py" "$here" "$work/raw" --downloads "$downloads"
+    run python "$common/extract.py" "$here" "$raw" --downloads "$downloads"
 }
 
 step_prepare() {
+    get_raw_text
+    encode_text "$@"
+}
+
+get_raw_text() {
     local part language complete=1
     for part in train valid test; do
         for language in "$source_language" "$target_language"; do
-            [[ -e $work/raw/$part.$language ]] || complete=
+            [[ -e $raw/$part.$language ]] || complete=
         done
     done
     if [[ -n $complete ]]; then
-        say "raw text is in $work/raw"
+        say "raw text is in $raw"
     elif [[ -n ${RAW:-} ]]; then
-        run python "$common/corpus.py" "$RAW" "$work/raw" --languages "$source_language" "$target_language"
+        run python "$common/corpus.py" "$RAW" "$raw" --languages "$source_language" "$target_language"
     else
         extract
     fi
+}
+
+# From raw text to binarized data.
+encode_text() {
     local flags=()
     case $kind in
         translation) flags=(--languages "$source_language" "$target_language") ;;
         summarization) [[ -z ${GPT2_BPE:-} ]] || flags=(--vocabulary "$GPT2_BPE") ;;
     esac
-    run python "$common/preprocess.py" "$kind" "$work/raw" "$work/data" "${flags[@]}" "${preprocess[@]}" "$@"
+    run python "$common/preprocess.py" "$kind" "$raw" "$work/data" "${flags[@]}" "${preprocess[@]}" "$@"
 }
 
 # train NAME FLAGS...: a fairseq-train run and its export to WORK/NAME.pt. An interrupted run goes on.
@@ -122,7 +140,7 @@ train() {
     fi
     need_data
     find_device
-    [[ -z $gpu ]] || device=(--fp16)
+    [[ -z $gpu ]] || device=("$half")
     run python -m fairseq_cli.train "$data" --user-dir "$root/bild_fairseq" --save-dir "$work/checkpoints/$name" \
         --task translation "${direction[@]}" "${device[@]}" \
         --required-batch-size-multiple 1 --skip-invalid-size-inputs-valid-test --keep-last-epochs $((average > 1 ? average : 1)) \
@@ -131,7 +149,6 @@ train() {
 }
 
 step_train_large() {
-    local archive
     if [[ -z ${large_archive:-} ]]; then
         train large "${large[@]}" "$@"
         return
@@ -154,16 +171,21 @@ step_train_small() {
 }
 
 step_train_early_exit() {
-    local large_model
-    large_model=$(need_model large train-large)
-    train early-exit --finetune-from-model "$large_model" "${early_exit[@]}" "$@"
+    local start
+    start=$(need_model "$whole" "train-$whole")
+    train early-exit --finetune-from-model "$start" "${early_exit[@]}" "$@"
 }
 
 # Sets `score`: how outputs of a part of the data become text, and what they are compared with.
 set_score() {
-    score=(--metric "$metric" --reference "$work/raw/$1.$target_language")
+    set_subwords
+    score=(--metric "$metric" --reference "$raw/$1.$target_language" "${subwords[@]}")
+}
+
+set_subwords() {
+    subwords=()
     if [[ $kind == summarization ]]; then
-        score+=(--bpe gpt2 --gpt2-encoder-json "$vocabulary/encoder.json" --gpt2-vocab-bpe "$vocabulary/vocab.bpe")
+        subwords=(--bpe gpt2 --gpt2-encoder-json "$vocabulary/encoder.json" --gpt2-vocab-bpe "$vocabulary/vocab.bpe")
     fi
 }
 
@@ -207,7 +229,7 @@ set_drafters() {
     path=$(find_model small) && drafters+=(--small "unaligned=$path")
     path=$(find_model aligned) && drafters+=(--small "aligned=$path")
     path=$(find_model early-exit) && drafters+=(--early-exit "early exit=$path")
-    [[ ${#drafters[@]} -gt 0 ]] || fail "no small model: run 'bash run.sh train-small' first"
+    [[ ${#drafters[@]} -gt 0 ]] || fail "no small model: run 'bash run.sh ${models_step:-train-small}' first"
 }
 
 # One run for every way to draft; what it has recorded is kept for a run with another --max-loss.
@@ -322,7 +344,7 @@ step_figures() {
 }
 
 step_table() {
-    run python "$common/table.py" write "$here/paper.json" "$results" "$@"
+    run python "$common/table.py" write "$here/paper.json" "$results" "${table_flags[@]}" "$@"
 }
 
 usage() {
@@ -336,16 +358,16 @@ main() {
     shift
     [[ " ${known_steps[*]} all " == *" $step "* ]] || usage
     [[ $step != all || $# -eq 0 ]] || fail "'all' takes no flags: give them to single steps"
-    for name in LARGE SMALL ALIGNED EARLY_EXIT RAW GPT2_BPE; do
+    for name in LARGE SMALL ALIGNED EARLY_EXIT RAW GPT2_BPE PAPER_MODELS; do
         [[ -z ${!name:-} || -e ${!name} ]] || fail "$name=${!name}: there is no such file or folder"
     done
     # shellcheck source=../../scripts/setup.sh
     source "$root/scripts/setup.sh"
-    setup_python examples/common/requirements.txt
+    setup_python "${requirements[@]}"
     if [[ -z ${DRY_RUN:-} ]]; then
         mkdir -p "$work" || fail "cannot make $work"
         # A work folder inside a repository is none of its content.
-        [[ -e $work/.gitignore ]] || echo '*' >"$work/.gitignore"
+        [[ -e $top/.gitignore ]] || echo '*' >"$top/.gitignore"
     fi
     if [[ $step != all ]]; then
         "step_${step//-/_}" "$@"
@@ -356,3 +378,10 @@ main() {
         "step_${step//-/_}"
     done
 }
+
+case ${MODELS:-} in
+    '') ;;
+    # shellcheck source=paper.sh
+    paper) source "$common/paper.sh" ;;
+    *) fail "MODELS=$MODELS: must be 'paper', or nothing for models that are trained here" ;;
+esac

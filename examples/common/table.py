@@ -204,8 +204,13 @@ def summarize_sweep(path: pathlib.Path) -> list[str]:
     return text
 
 
-def document(paper: Row, results: pathlib.Path) -> str:
+def document(paper: Row, results: pathlib.Path, same_models: bool = False) -> str:
     """The whole of TABLE.md.
+
+    Args:
+        paper: what the paper reports.
+        results: folder of what was measured.
+        same_models: the models are those of the paper's authors.
 
     Raises:
         SystemExit: there is nothing to show.
@@ -216,11 +221,16 @@ def document(paper: Row, results: pathlib.Path) -> str:
         raise SystemExit(f"table: no results in {results}: run 'bash run.sh evaluate' first")
     text = [f"# {paper['task']}", ""]
     if paper["settings"]:
+        models = (
+            "The models here are others, so compare the changes against the large model alone and the speedups, not "
+            "the scores."
+        )
+        if same_models:
+            models = "The models here are the authors' as well, converted: scores can be compared as they are."
         text += [
             f"The paper: {paper['large']} and {paper['small']} on an NVIDIA T4, batch size 1, greedy; speedups are "
             f'over the large model alone, by latency. Its numbers are on {paper["split"]}. "Rerun" is a public '
-            "reproduction with the authors' models. The models here are others, so compare the changes against the "
-            "large model alone and the speedups, not the scores.",
+            f"reproduction with the authors' models. {models}",
             "",
         ]
         text += [f"- {paper[name]}" for name in ("rates", "early_exit") if name in paper]
@@ -249,6 +259,7 @@ def main() -> None:
         command.add_argument("paper", type=pathlib.Path, help="the benchmark's paper.json")
         command.add_argument("results", type=pathlib.Path, help="folder of the results")
     write.add_argument("--out", type=pathlib.Path, help="file to write (default: TABLE.md among the results)")
+    write.add_argument("--same-models", action="store_true", help="the models are those of the paper's authors")
     choose.add_argument("--subset", choices=("valid", "test"), required=True)
     choose.add_argument("--method", choices=list(METHODS), required=True)
     args = parser.parse_args()
@@ -256,7 +267,7 @@ def main() -> None:
     if args.command == "flags":
         print("\n".join(flags(paper, args.results, args.subset, args.method)))
         return
-    text = document(paper, args.results)
+    text = document(paper, args.results, args.same_models)
     out = args.out or args.results / "TABLE.md"
     with writing(out) as file:
         file.write(text)

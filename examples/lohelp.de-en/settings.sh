@@ -22,13 +22,13 @@ shipped_early_exit=$shipped_large
 
 # The text comes from two Debian packages; PACKAGES may name a folder that has them.
 extract() {
-    run python "$quickstart/extract_lohelp.py" "$work/raw" ${PACKAGES:+--packages "$PACKAGES"}
+    run python "$quickstart/extract_lohelp.py" "$raw" ${PACKAGES:+--packages "$PACKAGES"}
     [[ -n ${DRY_RUN:-} ]] || is_the_models_text || say "this revision of the packages gives other parts than the one" \
         "that the shipped models were trained on: its test text may be their training text, so train models of your own"
 }
 
 is_the_models_text() {
-    cmp -s <(head -n 300 "$work/raw/test.de") "$quickstart/data/test.de"
+    cmp -s <(head -n 300 "$raw/test.de") "$quickstart/data/test.de"
 }
 
 # examples/common/preprocess.py: codes and dictionaries of those models.

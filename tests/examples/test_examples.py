@@ -7,102 +7,26 @@ import http.server
 import importlib
 import importlib.util
 import json
-import os
 import re
 import shlex
 import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
+from example_support import COMMON, EXAMPLES, OFFLINE, error_line, load, write_raw
 from fairseq import options
 from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-EXAMPLES = ROOT / "examples"
-COMMON = EXAMPLES / "common"
 WITH_DOWNLOADS = ["iwslt17.de-en", "wmt14.de-en", "xsum", "cnn_dm"]
 BENCHMARKS = [*WITH_DOWNLOADS, "lohelp.de-en"]
-# Nothing listens there: every download fails at once, on a machine with a network too.
-OFFLINE = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")} | {"no_proxy": ""}
-WORDS = ["Der", "Hund", "sieht", "die", "Katze", "nicht", "und", "schläft", "heute", "lange"]
-
-
-@pytest.fixture(autouse=True)
-def _common_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The modules beside a program are there, as when it runs."""
-    monkeypatch.syspath_prepend(COMMON)
-
-
-@functools.cache
-def load(path: Path) -> ModuleType:
-    """A script, or what a benchmark says of its text, as a module."""
-    spec = importlib.util.spec_from_file_location(f"example_{path.parent.name}_{path.stem}".replace(".", "_"), path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-Step = Callable[..., subprocess.CompletedProcess]
-# Setting up finds that pip is there and that nothing is missing.
-PYTHON = """#!/bin/sh
-case "$1 $2" in "-m pip" | "- "*) exit 0 ;; esac
-exec {} "$@"
-"""
-
-
-@pytest.fixture(scope="module")
-def run_step(programs, tmp_path_factory) -> Step:
-    """``bash run.sh`` of a benchmark, offline, in an environment whose Python waits for no imports."""
-    environment = tmp_path_factory.mktemp("environment")
-    python = programs.bin(environment / "bin") / "python"
-    quick = python.rename(python.with_name("quick-python"))
-    python.write_text(PYTHON.format(quick))
-    python.chmod(0o755)
-
-    def run(benchmark: str, work: Path, *arguments: object, status: int = 0, **variables: object) -> Any:
-        if "DRY_RUN" not in variables:
-            # run.sh would install what is missing.
-            pytest.importorskip("rouge_score")
-            pytest.importorskip("matplotlib")
-        defaults = {"VIRTUAL_ENV": environment, "OMP_NUM_THREADS": 1, "CPU": 1, "WORK": work}
-        done = subprocess.run(
-            ["bash", str(EXAMPLES / benchmark / "run.sh"), *map(str, arguments)],
-            env={**os.environ, **OFFLINE, **{name: str(value) for name, value in {**defaults, **variables}.items()}},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == status, f"{arguments}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
-        return done
-
-    return run
-
-
-def error_line(done: subprocess.CompletedProcess) -> str:
-    """The last line of a failed step, once it is certain that it is the only one that tells of an error."""
-    assert "Traceback" not in done.stderr, done.stderr[-2000:]
-    lines = done.stderr.strip().split("\n")
-    # Before it come the commands that the step shows, with a + each.
-    assert [line for line in lines if re.match(r"\w+(\.sh)?: ", line)] == lines[-1:], done.stderr
-    return lines[-1]
-
-
-def write_raw(folder: Path, languages: tuple[str, str], parts: Mapping[str, int]) -> None:
-    """Text that is not hard to translate: the other side is in upper case."""
-    folder.mkdir(parents=True)
-    for number, (part, count) in enumerate(parts.items()):
-        lines = [" ".join(WORDS[(i * step + number) % 10] for step in range(1, 5 + i % 3)) + "." for i in range(count)]
-        (folder / f"{part}.{languages[0]}").write_text("".join(line + "\n" for line in lines))
-        (folder / f"{part}.{languages[1]}").write_text("".join(line.upper() + "\n" for line in lines))
 
 
 def write_byte_vocabulary(folder: Path) -> None:
@@ -183,17 +107,19 @@ def test_summarization_from_raw_text_to_a_small_model(run_step, tmp_path):
     assert (work / "results/test-unaligned.json").exists()
 
 
-@pytest.mark.parametrize("benchmark", BENCHMARKS)
-def test_every_command_of_a_benchmark_is_accepted_by_its_program(run_step, benchmark, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("benchmark", "models"), [(name, "") for name in BENCHMARKS] + [(name, "paper") for name in WITH_DOWNLOADS]
+)
+def test_every_command_of_a_benchmark_is_accepted_by_its_program(run_step, benchmark, models, tmp_path, monkeypatch):
     """Names of files apart: with settings that a program does not know, a step would fail after hours."""
-    for script in (EXAMPLES / benchmark / "run.sh", EXAMPLES / benchmark / "settings.sh", COMMON / "steps.sh"):
+    for script in (EXAMPLES / benchmark / "run.sh", EXAMPLES / benchmark / "settings.sh", *COMMON.glob("*.sh")):
         subprocess.run(["bash", "-n", script], check=True)
-    shown = run_step(benchmark, tmp_path / "work", "all", DRY_RUN=1).stderr
+    shown = run_step(benchmark, tmp_path / "work", "all", DRY_RUN=1, MODELS=models).stderr
     if "all_steps" in (EXAMPLES / benchmark / "settings.sh").read_text():
         for step in ("train-large", "train-small", "train-early-exit"):
             shown += run_step(benchmark, tmp_path / "work", step, DRY_RUN=1).stderr
     assert not (tmp_path / "work").exists(), "a dry run writes nothing"
-    if benchmark in ("xsum", "cnn_dm"):
+    if benchmark in ("xsum", "cnn_dm") and not models:
         shown += run_step(benchmark, tmp_path / "work", "train-large", DRY_RUN=1, LARGE_ARCHIVE="").stderr
     (tmp_path / "large.pt").touch()
     programs = set()
@@ -211,8 +137,8 @@ def test_every_command_of_a_benchmark_is_accepted_by_its_program(run_step, bench
             load(Path(program)).make_parser().parse_args(words[: words.index("--")])
         elif "/scripts/" in program or program.endswith("preprocess.py"):
             assert isinstance(load(Path(program)).parse_args(), argparse.Namespace)
-    wanted = {"preprocess", "fairseq_cli.train", "align", "calibrate", "sweep", "benchmark", "rounds", "plot", "table"}
-    assert wanted <= programs
+    wanted = {"preprocess", "fairseq_cli.train", "calibrate", "sweep", "benchmark", "rounds", "plot", "table"}
+    assert wanted | ({"checkpoints", "convert_t5"} if models else {"align"}) <= programs
 
 
 @pytest.mark.parametrize("benchmark", WITH_DOWNLOADS)
