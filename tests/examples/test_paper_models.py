@@ -36,12 +36,17 @@ def write_models(folder: Path, names: tuple[str, str, str], variant: str) -> nn.
 
 
 def theirs(model: nn.Module, pieces: SentencePieceProcessor, line: str, longest: int) -> tuple[str, int]:
-    """The text of `transformers` with the limits of the authors' script, and how many tokens it has."""
+    """The text of `transformers` with the limits of the authors' script, and how many tokens it has.
+
+    0 if it is cut behind a token that is no text.
+    """
     ids = [*pieces.encode(line)[: longest - 1], 1]
     # fairseq never chooses padding.
     (found,) = model.generate(torch.tensor([ids]), do_sample=False, max_length=128, suppress_tokens=[0]).tolist()
     # Rows without a piece, the end and what is unknown are no text.
-    return pieces.decode([number for number in found[1:] if 2 < number < pieces.get_piece_size()]), len(found)
+    known = [2 < number < pieces.get_piece_size() for number in found]
+    text = pieces.decode([number for number, is_known in zip(found, known, strict=True) if is_known])
+    return text, len(found) if known[-1] or found[-1] == 1 else 0
 
 
 def write_text(
@@ -59,7 +64,7 @@ def write_text(
     lengths: list[int] = []
     for line in lines[:40]:
         text, length = theirs(model, pieces, prefix + line, longest)
-        if len(text.split()) > 4 and (length < 60 or 128 not in lengths) and len(valid) < 3:
+        if len(text.split()) > 4 and 0 < length and (length < 60 or 128 not in lengths) and len(valid) < 3:
             valid[line] = text
             lengths.append(length)
         if len(valid) == 3 and 128 in lengths:
