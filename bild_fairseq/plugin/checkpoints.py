@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from fairseq import checkpoint_utils, models
+from fairseq import checkpoint_utils, models, utils
 from fairseq.data import Dictionary
 from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
@@ -20,6 +23,11 @@ from ..errors import BildError
 from .arrays import stand_ins
 from .explain import building_error, reading_error
 from .files import unreadable
+
+logger = logging.getLogger(__name__)
+
+# By model: the file that it was loaded from, and the options of the task that it was trained in.
+_origins: WeakKeyDictionary[nn.Module, tuple[str, Any]] = WeakKeyDictionary()
 
 
 def allow_fairseq_globals() -> None:
@@ -76,7 +84,10 @@ def completing(upgrade: Callable[[dict], dict]) -> Callable[[dict], dict]:
 
 
 def explaining_building(load: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Wraps fairseq's ``load_model_ensemble_and_task`` so that it raises BildError, naming the file."""
+    """Wraps fairseq's ``load_model_ensemble_and_task`` so that it raises BildError, naming the file.
+
+    Where it has read a file itself, that is remembered for :func:`check_task`.
+    """
 
     @functools.wraps(load)
     def load_model_ensemble_and_task(
@@ -90,26 +101,60 @@ def explaining_building(load: Callable[..., tuple]) -> Callable[..., tuple]:
     ) -> tuple:
         members, config = [], None
         for filename in filenames:
-            if state is None and num_shards == 1:
-                state = checkpoint_utils.load_checkpoint_to_cpu(file_of(filename, suffix), arg_overrides)
+            read_before = state is not None
+            if not read_before:
+                state = _whole_model(filename, Loading(arg_overrides, suffix, num_shards))
             try:
-                if state is not None:
+                if state is None:
+                    member, config, task = load([filename], arg_overrides, task, strict, suffix, num_shards)
+                else:
                     check_content(state)
-                member, config, task = load([filename], arg_overrides, task, strict, suffix, num_shards, state)
+                    whole = strict or num_shards > 1
+                    member, config, task = load([filename], arg_overrides, task, whole, suffix, 1, state)
             except BildError as error:
                 raise BildError(f"{filename}: {str(error).removeprefix(f'{filename}: ')}") from error
             except Exception as error:  # fairseq and the models in it raise all kinds
                 raise BildError(f"{filename}: {building_error(error)}") from error
             members += member
+            if not read_before:
+                _origins.update((model, (filename, _option(config, "task"))) for model in member)
             state = None
         return members, config, task
 
     return load_model_ensemble_and_task
 
 
+def _whole_model(path: str, how: Loading) -> dict | None:
+    """A checkpoint that has all of its model's weights; None for shards that fairseq has to join.
+
+    Of shards that say nothing about joining them fairseq takes the last one for the model, which must then be whole.
+    """
+    state = checkpoint_utils.load_checkpoint_to_cpu(how.files(path)[-1], how.overrides)
+    return None if how.shards > 1 and "fsdp_metadata" in state else state
+
+
 def file_of(path: str, suffix: str = "", shard: int = 0, shards: int = 1) -> str:
     """The file that fairseq reads for a path: it may have a suffix, or be a shard of a model."""
     return checkpoint_utils.get_maybe_sharded_checkpoint_filename(path, suffix, shard, shards)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How fairseq is to read checkpoints.
+
+    Args:
+        overrides: model options that replace the checkpoint's, as ``--model-overrides``.
+        suffix: of the files' names, as ``--checkpoint-suffix``.
+        shards: in how many files each model is, as ``--checkpoint-shard-count``.
+    """
+
+    overrides: dict[str, Any] | None = None
+    suffix: str = ""
+    shards: int = 1
+
+    def files(self, path: str) -> list[str]:
+        """The files that are read for a path."""
+        return [file_of(path, self.suffix, shard, self.shards) for shard in range(self.shards)]
 
 
 def check_content(state: Any) -> None:
@@ -147,26 +192,19 @@ def _model_options(state: dict) -> dict[str, Any]:
     return vars(options) if isinstance(options, argparse.Namespace) else dict(options)
 
 
-def load_large(
-    paths: Sequence[str],
-    task: FairseqTask,
-    overrides: dict[str, Any] | None = None,
-    cuda: bool = False,
-    fp16: bool = False,
-) -> list[nn.Module]:
+def load_large(paths: Sequence[str], task: FairseqTask, cuda: bool = False, fp16: bool = False) -> list[nn.Module]:
     """Loads the large model, or the members of an ensemble, ready to decode.
 
     Args:
         paths: checkpoint files.
         task: the task that they run in; its dictionaries and languages must fit.
-        overrides: model options that replace the checkpoint's, as ``--model-overrides``.
         cuda: on the GPU.
         fp16: in half precision.
 
     Raises:
         BildError: a file cannot be loaded, or holds a model that does not fit; one line that names it.
     """
-    loaded = [_load(path, task, overrides) for path in paths]
+    loaded = [_load(path, task, Loading()) for path in paths]
     for model in loaded:
         model.eval()
         if fp16:
@@ -177,50 +215,98 @@ def load_large(
 
 
 def load_small(
-    paths: Sequence[str], task: FairseqTask, like: nn.Module, overrides: dict[str, Any] | None = None
+    paths: Sequence[str], task: FairseqTask, like: nn.Module, loading: Loading | None = None
 ) -> list[nn.Module]:
     """Loads the small model, or the members of an ensemble, ready to decode next to the large model.
 
     Args:
-        paths, task, overrides: as for :func:`load_large`.
+        paths, task: as for :func:`load_large`.
         like: the large model; the small one goes to its device and precision.
+        loading: how the checkpoints are read.
 
     Raises:
         BildError: as of :func:`load_large`.
     """
     parameter = next(like.parameters())
-    loaded = [_load(path, task, overrides) for path in paths]
+    loaded = [_load(path, task, loading or Loading()) for path in paths]
     return [model.to(device=parameter.device, dtype=parameter.dtype).eval() for model in loaded]
 
 
-def _load(path: str, task: FairseqTask, overrides: dict[str, Any] | None) -> nn.Module:
-    state = checkpoint_utils.load_checkpoint_to_cpu(file_of(path), overrides)
-    try:
-        check_content(state)
-        _check_fits(path, state, task)
-    except BildError as error:
-        raise BildError(f"{path}: {error}") from error
-    (model,), _ = checkpoint_utils.load_model_ensemble([path], arg_overrides=overrides, task=task, state=state)
+def _load(path: str, task: FairseqTask, how: Loading) -> nn.Module:
+    state = _whole_model(path, how)
+    if state is not None:
+        try:
+            check_content(state)
+            _check_parts(state)
+            _check_fits(path, _task_options(state), task)
+        except BildError as error:
+            raise BildError(f"{path}: {error}") from error
+    options = {"strict": how.shards == 1, "suffix": how.suffix, "num_shards": how.shards}
+    (model,), _ = checkpoint_utils.load_model_ensemble([path], how.overrides, task, state=state, **options)
+    check_task([model], task)
     return model
 
 
-def _check_fits(path: str, state: dict, task: FairseqTask) -> None:
-    """Refuses a model of another kind, other languages or other dictionaries than the task's."""
+def _check_parts(state: dict) -> None:
+    """Refuses a model of another kind."""
     for part in ("encoder", "decoder"):
         if not any(re.match(rf"(models\.[^.]+\.)?{part}\.", name) for name in state["model"]):
             raise BildError(f"it has no {part}, so it is not an encoder-decoder Transformer")
-    for side, dictionary in (("source", task.source_dictionary), ("target", task.target_dictionary)):
-        language = _option(task.cfg or getattr(task, "args", None), f"{side}_lang")
-        trained_on = _option(_task_options(state), f"{side}_lang")
+
+
+def check_task(loaded: Sequence[nn.Module], task: FairseqTask) -> None:
+    """Refuses models that were trained for other languages or other dictionaries than a task's; looks once.
+
+    Args:
+        loaded: models; one that comes from no checkpoint fits.
+
+    Raises:
+        BildError: naming the checkpoint.
+    """
+    for model in loaded:
+        if model in _origins:
+            path, options = _origins[model]
+            try:
+                _check_fits(path, options, task)
+            except BildError as error:
+                raise BildError(f"{path}: {error}") from error
+            del _origins[model]
+
+
+def _check_fits(path: str, trained_in: Any, task: FairseqTask) -> None:
+    """Refuses other languages than the task's, and a dictionary beside the checkpoint that is not the task's.
+
+    Warns if the data that the checkpoint was trained on is still there and has another dictionary.
+    """
+    given = task.cfg or getattr(task, "args", None)
+    for side in ("source", "target"):
+        language, trained_on = (_option(options, f"{side}_lang") for options in (given, trained_in))
         if language and trained_on and language != trained_on:
-            raise BildError(f"its {side} language is {trained_on}, this data's is {language}")
-        beside = Path(path).parent / f"dict.{language}.txt"
-        if beside.is_file() and not _begins_with(dictionary, Dictionary.load(str(beside))):
-            raise BildError(f"the dictionary beside it, {beside.name}, is not this data's")
+            raise BildError(
+                f"its {side} language is {trained_on}, this data's is {language}; choose data of its direction (-s, -t)"
+            )
+    for side in ("source", "target"):
+        name, dictionary = f"dict.{_option(given, f'{side}_lang')}.txt", getattr(task, f"{side}_dictionary", None)
+        if not _is_beginning(Path(path).parent / name, dictionary):
+            raise BildError(f"the dictionary beside it, {name}, is not this data's")
+        data = _option(trained_in, "data")
+        for folder in utils.split_paths(data) if isinstance(data, str) else ():
+            if not _is_beginning(Path(folder) / name, dictionary):
+                logger.warning(
+                    "%s was trained on %s, whose %s is not this data's: the text is wrong if that is still the "
+                    "dictionary that it was trained with",
+                    *(path, folder, name),
+                )
 
 
-def _begins_with(dictionary: Dictionary, beginning: Dictionary) -> bool:
-    """Whether a dictionary is another one, or one to whose end a task has added symbols."""
+def _is_beginning(file: Path, dictionary: Dictionary | None) -> bool:
+    """Whether a dictionary is one in a file, to whose end a task may have added symbols; or there is no such file."""
+    if dictionary is None or not os.path.isfile(file):
+        return True
+    try:
+        beginning = Dictionary.load(str(file))
+    except Exception:  # fairseq raises bare ones where it is none
+        return False
     return dictionary.symbols[: len(beginning)] == beginning.symbols
 
 

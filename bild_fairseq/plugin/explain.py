@@ -33,6 +33,8 @@ def building_error(error: Exception) -> str:
         return _misfit(str(error))
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ImportError):
+        return f"it needs a package that is not there: {_first_line(error)}"
     if isinstance(error, KeyError):
         return f"its options name {_first_line(error)}, which is not known"
     return _memory_or_option(error) or f"its options make no model: {_first_line(error)}"

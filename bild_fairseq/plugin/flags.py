@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -13,7 +14,7 @@ from fairseq.dataclass.configs import GenerationConfig
 from ..decoding.policies import Policy
 from ..engines.precision import PRECISIONS
 from ..errors import BildError
-from .checkpoints import file_of
+from .checkpoints import Loading
 from .files import unreadable, unwritable
 
 
@@ -37,6 +38,19 @@ class BildGenerationConfig(GenerationConfig):
         metadata={
             "help": "options of the small model that replace those in its checkpoint, as --model-overrides does for "
             "the large one: a Python dictionary (default: {})"
+        },
+    )
+    bild_small_suffix: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "suffix of the small model's file names (default: --checkpoint-suffix if there are such files)"
+        },
+    )
+    bild_small_shard_count: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "1 or more: in how many files each small model is (default: --checkpoint-shard-count if there are "
+            "such files)"
         },
     )
     bild_exit_layer: Optional[int] = field(
@@ -158,9 +172,24 @@ def small_paths(args: Any) -> list[str]:
     return utils.split_paths(joined) if joined else []
 
 
-def small_overrides(args: Any) -> dict[str, Any]:
-    """The options that replace those in the small model's checkpoint."""
-    return check_overrides("--bild-small-overrides", option(args, "bild_small_overrides"))
+def like_the_large_model(args: Any) -> None:
+    """Has the small model loaded with the suffix and the shards of the large one, if there are files of these names.
+
+    Args:
+        args: all that a program has parsed; it is changed unless the small model's own flags are given.
+    """
+    given = [option(args, name) for name in ("bild_small_suffix", "bild_small_shard_count")]
+    loading = Loading(suffix=args.checkpoint_suffix, shards=args.checkpoint_shard_count)
+    files = [file for path in small_paths(args) for file in loading.files(path)]
+    if files and given == [None, None] and all(map(os.path.exists, files)):
+        args.bild_small_suffix, args.bild_small_shard_count = loading.suffix, loading.shards
+
+
+def small_loading(args: Any) -> Loading:
+    """How the small model's checkpoints are read."""
+    overrides = check_overrides("--bild-small-overrides", option(args, "bild_small_overrides"))
+    suffix, shards = option(args, "bild_small_suffix"), option(args, "bild_small_shard_count")
+    return Loading(overrides, suffix or "", 1 if shards is None else shards)
 
 
 def check_overrides(flag: str, text: str) -> dict[str, Any]:
@@ -193,10 +222,10 @@ def check(args: Any) -> None:
             raise BildError(f"{flag(name)} is not supported by --generator {generator}; leave it out")
     _check_ranges(args)
     for path in small_paths(args):
-        reason = unreadable(file_of(path))
-        if reason:
-            raise BildError(f"--bild-small-path {path}: {reason}")
-    small_overrides(args)
+        for file in small_loading(args).files(path):
+            reason = unreadable(file)
+            if reason:
+                raise BildError(f"--bild-small-path {file}: {reason}")
     stats = option(args, "bild_stats")
     reason = None if stats is None else unwritable(stats)
     if reason:
@@ -220,8 +249,11 @@ def _check_use(args: Any, generator: str) -> None:
         raise BildError(
             "--bild-small-precision is that of the model in --bild-small-path; an exit has --bild-precision"
         )
-    if small_overrides(args) and not option(args, "bild_small_path"):
-        raise BildError("--bild-small-overrides is for the model in --bild-small-path; none is named")
+    own = {"bild_small_overrides": small_loading(args).overrides}
+    own |= {name: option(args, name) is not None for name in ("bild_small_suffix", "bild_small_shard_count")}
+    for name, given in own.items():
+        if given and not option(args, "bild_small_path"):
+            raise BildError(f"{flag(name)} is for the model in --bild-small-path; none is named")
     if option(args, "bild_small_path") and option(args, "bild_exit_layer") is not None:
         raise BildError("--bild-small-path and --bild-exit-layer both name a small model; give one of them")
 
@@ -240,6 +272,8 @@ def _check_ranges(args: Any) -> None:
     require("bild_max_draft", option(args, "bild_max_draft") >= 1, "1 or more")
     exit_layer = option(args, "bild_exit_layer")
     require("bild_exit_layer", exit_layer is None or exit_layer >= 1, "1 or more")
+    shards = option(args, "bild_small_shard_count")
+    require("bild_small_shard_count", shards is None or shards >= 1, "1 or more")
     # Logits divided by less would not be finite.
     require("temperature", 1e-30 <= option(args, "temperature") < math.inf, "above 0 (1e-30 or more)")
     for name in ("max_len_a", "lenpen", "unkpen"):

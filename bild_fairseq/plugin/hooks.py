@@ -43,7 +43,7 @@ from . import batches, training
 from .checkpoints import allow_fairseq_globals, completing, explaining_building, explaining_reading, file_of
 from .ending import one_line_errors, report_at_exit
 from .files import unreadable
-from .flags import BildGenerationConfig, check, check_overrides, option, policy
+from .flags import BildGenerationConfig, check, check_overrides, like_the_large_model, option, policy
 from .generator import BildGenerator, SearchOptions
 from .pair import Pair
 
@@ -96,6 +96,7 @@ def _checked_parse(parse: Callable[..., Any]) -> Callable[..., Any]:
         parsed = parse(parser, *args, **kwargs)
         namespace = parsed[0] if isinstance(parsed, tuple) else parsed
         if hasattr(namespace, "generator"):
+            like_the_large_model(namespace)
             check(namespace)
             if namespace.generator != "beam":
                 _check_large_paths(namespace)
@@ -120,6 +121,8 @@ def _check_large_paths(namespace: argparse.Namespace) -> None:
     if not namespace.path:
         raise BildError("--path is missing; name the large model's checkpoint")
     shards = namespace.checkpoint_shard_count
+    if shards < 1:
+        raise BildError(f"--checkpoint-shard-count {shards}: must be 1 or more")
     for path in utils.split_paths(namespace.path):
         for shard in range(shards):
             file = file_of(path, namespace.checkpoint_suffix, shard, shards)

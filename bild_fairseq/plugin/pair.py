@@ -37,9 +37,9 @@ from ..engines.readers import combined
 from ..engines.supported import is_t5
 from ..errors import BildError
 from ..models.exits import ExitHeads
-from .checkpoints import check_positions, file_of, load_large, load_small
+from .checkpoints import Loading, check_positions, check_task, load_large, load_small
 from .files import unreadable
-from .flags import option, small_overrides, small_paths
+from .flags import option, small_loading, small_paths
 
 logger = logging.getLogger(__name__)
 
@@ -121,10 +121,11 @@ class Pair:
             "precision": str(option(args, "bild_precision")),
             "small_precision": None if small_precision == "same" else small_precision,
         }
+        check_task(models, task)
         _warn_of_overflow(models)
         paths = small_paths(args)
         if paths:
-            small = _load_drafting(paths, task, models, small_overrides(args))
+            small = _load_drafting(paths, task, models, small_loading(args))
             return cls(models, small, small_path=os.pathsep.join(paths), **precision)
         alone = str(args.generator) == "greedy"
         return cls(models, exit_layer=_exit_of_args(models, args, alone), alone=alone, **precision)
@@ -246,23 +247,24 @@ _drafting: WeakKeyDictionary[nn.Module, tuple[FairseqTask, Hashable, list[nn.Mod
 
 
 def _load_drafting(
-    paths: Sequence[str], task: FairseqTask, large: Sequence[nn.Module], overrides: dict[str, Any] | None = None
+    paths: Sequence[str], task: FairseqTask, large: Sequence[nn.Module], loading: Loading | None = None
 ) -> list[nn.Module]:
     """A small model that reads whatever the large one is given; loaded once for as long as nothing has changed.
 
     fairseq's hub interface builds a generator for every call.
     """
+    loading = loading or Loading()
     weight = next(large[0].parameters())
-    names = [file_of(path) for path in paths if unreadable(file_of(path)) is None]
+    names = [file for path in paths for file in loading.files(path) if unreadable(file) is None]
     names += [beside for path in paths for beside in sorted(Path(path).parent.glob("dict.*.txt"))]  # checked on loading
     files = [os.stat(name) for name in names]
     key = (
         *(tuple(paths), tuple((file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns) for file in files)),
-        *(repr(overrides), weight.device, weight.dtype),
+        *(repr(loading), weight.device, weight.dtype),
     )
     known_task, known_key, small = _drafting.get(large[0], (None, None, []))
     if known_task is not task or known_key != key:
-        small = load_small(paths, task, large[0], overrides)
+        small = load_small(paths, task, large[0], loading)
         _drafting[large[0]] = task, key, small
     limits = task.max_positions()
     # Tasks of several languages have limits for each pair of them.

@@ -17,7 +17,7 @@ from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 
 from bild_fairseq.errors import BildError
-from bild_fairseq.plugin.checkpoints import load_large, load_small
+from bild_fairseq.plugin.checkpoints import Loading, load_large, load_small
 from bild_fairseq.plugin.light import last_epochs, write_light
 
 SIZE = {
@@ -451,6 +451,78 @@ def test_names_of_shards_and_suffixes(corpus, tmp_path):
     suffixed = ["--path", large, "--checkpoint-suffix=-best"]
     assert corpus.generate(*corpus.bild(*suffixed)).fields("H") == wanted
     assert corpus.stock(*suffixed).texts() == corpus.stock().texts()
+
+
+def test_the_small_model_has_suffix_and_shards_of_the_large_one(corpus, tmp_path):
+    """If there are such files, and unless its own flags say otherwise."""
+    wanted = corpus.generate(*corpus.bild()).fields("H")
+    for name, model in (("large", corpus.large), ("small", corpus.small)):
+        shutil.copy(model, tmp_path / f"{name}-best.pt")
+        for shard in range(2):
+            shutil.copy(model, tmp_path / f"{name}-x-shard{shard}.pt")
+    paths = ["--path", tmp_path / "large.pt", "--bild-small-path", tmp_path / "small.pt"]
+    suffix, shards = "--checkpoint-suffix=-best", ["--checkpoint-suffix=-x", "--checkpoint-shard-count", 2]
+    own = ["--bild-small-path", corpus.small, "--bild-small-suffix", "", "--bild-small-shard-count", 1]
+    plain = ["--bild-small-path", corpus.small]
+    (tmp_path / "small.pt").write_text("This is no checkpoint.")
+    for options in ([suffix], shards, [suffix, *own], [*shards, *plain]):
+        assert corpus.generate(*corpus.bild(*paths, *options)).fields("H") == wanted, options
+
+
+def halves(task, tmp_path):
+    """A model's state, and the names of two files that have half of the weights each."""
+    state = state_of(task, "cfg")
+    names = sorted(state["model"])
+    parts = names[: len(names) // 2], names[len(names) // 2 :]
+    for shard, part in enumerate(parts):
+        weights = {name: state["model"][name] for name in part}
+        torch.save({**state, "model": weights}, tmp_path / f"model-shard{shard}.pt")
+    return state
+
+
+def test_shards_that_nothing_joins_are_refused(task, tmp_path):
+    """Of such shards fairseq takes the last one and leaves all other weights at random."""
+    halves(task, tmp_path)
+    like = task.build_model(Namespace(arch="transformer_tiny", **SIZE))
+    path, said = str(tmp_path / "model.pt"), []
+    for load in (
+        lambda: checkpoint_utils.load_model_ensemble([path], task=task, strict=False, num_shards=2),
+        lambda: load_small([path], task, like, Loading(shards=2)),
+    ):
+        with pytest.raises(BildError, match="is missing") as caught:
+            load()
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
+def test_shards_that_fairseq_joins(task, tmp_path, monkeypatch):
+    """As it joins those of the large model; what joins them, fairscale, is stood in for."""
+    state = halves(task, tmp_path)
+    for shard in range(2):
+        path = tmp_path / f"model-shard{shard}.pt"
+        torch.save({**torch.load(path, weights_only=False), "fsdp_metadata": {"shard": shard}}, path)
+    like = task.build_model(Namespace(arch="transformer_tiny", **SIZE))
+    path = str(tmp_path / "model.pt")
+    with pytest.raises(BildError, match="needs a package that is not there"):
+        load_small([path], task, like, Loading(shards=2))
+
+    class Joining:
+        @staticmethod
+        def consolidate_shard_weights(shard_weights, shard_metadata):
+            assert [one["shard"] for one in shard_metadata] == [0, 1]
+            return {name: weight for part in shard_weights for name, weight in part.items()}
+
+    monkeypatch.setattr(checkpoint_utils, "FSDP", Joining)
+    monkeypatch.setattr(checkpoint_utils, "has_FSDP", True)
+    (small,) = load_small([path], task, like, Loading(shards=2))
+    for name, weight in small.decoder.named_parameters():
+        assert torch.equal(weight, state["model"][f"decoder.{name}"]), name
+    state["cfg"]["task"]["source_lang"] = "z"
+    for shard in range(2):
+        path = tmp_path / f"model-shard{shard}.pt"
+        torch.save({**torch.load(path, weights_only=False), "cfg": state["cfg"]}, path)
+    with pytest.raises(BildError, match="source language is z"):
+        load_small([str(tmp_path / "model.pt")], task, like, Loading(shards=2))
 
 
 # The small model writes alone, so that what it says shows.

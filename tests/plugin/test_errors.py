@@ -53,6 +53,10 @@ def message_of(function, *arguments):
         ({"bild_small_path": __file__, "bild_small_overrides": "[1]"}, "--bild-small-overrides [1]"),
         ({"bild_small_path": __file__, "bild_small_overrides": "{1: 2}"}, "--bild-small-overrides {1: 2}"),
         ({"bild_small_overrides": "{'dropout': 0.1}"}, "--bild-small-path"),
+        ({"bild_small_suffix": "-best"}, "--bild-small-suffix"),
+        ({"bild_small_shard_count": 2}, "--bild-small-shard-count"),
+        ({"bild_small_path": "small.pt", "bild_small_shard_count": 0}, "--bild-small-shard-count 0"),
+        ({"bild_small_path": "nowhere.pt", "bild_small_suffix": "-best"}, "nowhere-best.pt"),
         ({"bild_stats": "nowhere/stats.json"}, "--bild-stats nowhere/stats.json"),
         ({"bild_stats": USER_DIR}, f"--bild-stats {USER_DIR}"),
         ({"bild_stats": ""}, "--bild-stats"),
@@ -241,6 +245,55 @@ def test_small_model_of_other_languages(corpus, large, tmp_path):
         path = small_of(corpus, tmp_path / "small.pt", **{name: "z"})
         message = refusal(large, bild_small_path=str(path))
         assert str(path) in message and f"{side} language" in message and "z" in message
+
+
+def large_of(corpus, path, data=None, **changes):
+    """A checkpoint of the large model that differs from the good one as told, as fairseq's programs load it."""
+    state = torch.load(corpus.large, weights_only=False)
+    for name, value in {"data": str(data or corpus.data), **changes}.items():
+        state["cfg"]["task"][name] = value
+    task = corpus.task()
+    return task, checkpoint_utils.load_model_ensemble([str(save(path, state))], task=task)[0]
+
+
+@pytest.mark.parametrize("generator", ["greedy", "bild"])
+def test_large_model_of_other_languages(corpus, tmp_path, generator):
+    """Of the reverse direction, for instance; fairseq's own search takes it, as ever."""
+    path = tmp_path / "large.pt"
+    for name, side in (("source_lang", "source"), ("target_lang", "target")):
+        loaded = large_of(corpus, path, **{name: "z"})
+        small = {"bild_small_path": str(corpus.small)} if generator == "bild" else {}
+        message = refusal(loaded, generator=generator, **small)
+        assert str(path) in message and f"{side} language is z" in message
+        loaded[0].build_generator(loaded[1], config(generator="beam"))
+        # The same language by another name.
+        overrides = {"source_lang": "x", "target_lang": "y"}
+        renamed, _ = checkpoint_utils.load_model_ensemble([str(path)], overrides, task=loaded[0])
+        loaded[0].build_generator(renamed, config(generator="greedy"))
+
+
+def other_dictionaries(corpus, folder):
+    """The corpus's dictionaries in a folder, that of the target with two words exchanged."""
+    folder.mkdir(exist_ok=True)
+    lines = (corpus.data / "dict.y.txt").read_text().splitlines()
+    (folder / "dict.x.txt").write_text((corpus.data / "dict.x.txt").read_text())
+    (folder / "dict.y.txt").write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
+    return folder
+
+
+def test_large_model_of_a_dictionary_of_the_same_size(corpus, tmp_path, caplog):
+    """Refused where the dictionary beside it is another one; a warning if only its training's data has another one."""
+    loaded = large_of(corpus, tmp_path / "large.pt")
+    caplog.set_level("WARNING", "bild_fairseq")
+    loaded[0].build_generator(loaded[1], config(generator="greedy"))
+    assert "dict.y.txt" not in caplog.text
+    loaded = large_of(corpus, tmp_path / "large.pt", data=other_dictionaries(corpus, tmp_path / "other"))
+    loaded[0].build_generator(loaded[1], config(generator="greedy"))
+    assert caplog.text.count("WARNING") == 1
+    assert "dict.y.txt" in caplog.text and str(tmp_path / "other") in caplog.text
+    loaded = large_of(corpus, other_dictionaries(corpus, tmp_path / "beside") / "large.pt")
+    message = refusal(loaded, generator="greedy")
+    assert str(tmp_path / "beside" / "large.pt") in message and "dict.y.txt" in message
 
 
 def language_model(corpus, folder):
