@@ -10,10 +10,12 @@ import math
 import os
 import random
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -501,29 +503,95 @@ def test_logits_that_are_not_numbers_end_a_draft_and_stay_in_their_row(broken_by
 # ---- Threads ---------------------------------------------------------------------------------------------------------
 
 
-@needs_kernels
-def test_fewer_threads_than_wanted():
-    """OpenMP may give fewer, as with a limit of 1 here; nothing is left out then."""
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "more_threads_than_cores"]
-    environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
+@pytest.fixture
+def encode():
+    """Encodes a batch by kernels that are loaded at the first call. Also says which threads were started for it."""
+    before, encoders = torch.get_num_threads(), []
+
+    @torch.no_grad()
+    def run(threads):
+        if not encoders:
+            encoders.append(NativeEncoder(model(3, **PRE_NORM).encoder))
+        torch.set_num_threads(threads)  # which may start some
+        net_input, others = sample([source(range(6)), source([2]), source(range(11))])["net_input"], running()
+        return encoders[0](net_input)[0], running() - others
+
+    yield run
+    torch.set_num_threads(before)
+
+
+def running():
+    """The threads of this process, by the system's number."""
+    return set(map(int, os.listdir("/proc/self/task"))) if sys.platform == "linux" else set()
+
+
+def in_another_thread(function):
+    """What a function returns in a thread that ends with it."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="threads have no numbers here")
 
 
 @needs_kernels
-@torch.no_grad()
-def test_more_threads_than_cores():
-    """Some of them sleep at barriers; what comes out is what one thread computes, to the last bit."""
-    encoder = NativeEncoder(model(3, **PRE_NORM).encoder)
-    net_input = sample([source(range(6)), source([2]), source(range(11))])["net_input"]
-    wanted, _ = encoder(net_input)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2 * (os.cpu_count() or 1) + 1)
-    try:
-        for _ in range(20):
-            assert torch.equal(encoder(net_input)[0], wanted)
-    finally:
-        torch.set_num_threads(before)
+def test_more_threads_than_cores(encode):
+    """What comes out is what one thread computes, to the last bit."""
+    wanted, _ = encode(1)
+    for _ in range(20):
+        assert torch.equal(encode(2 * (os.cpu_count() or 1) + 1)[0], wanted)
+
+
+@needs_kernels
+@needs_linux
+def test_helpers_that_are_put_aside(encode):
+    """They get a core only when the caller leaves it to them, and lose it in the middle of any piece."""
+    wanted, _ = encode(1)
+
+    def with_idle_helpers():
+        _, helpers = encode(3)
+        for thread in (0, *helpers):
+            os.sched_setaffinity(thread, [min(os.sched_getaffinity(0))])
+        for thread in helpers:
+            os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+        return helpers, [encode(3)[0] for _ in range(50)]
+
+    helpers, found = in_another_thread(with_idle_helpers)
+    assert len(helpers) == 2
+    assert all(torch.equal(one, wanted) for one in found)
+    end = time.monotonic() + 30
+    while helpers & running():  # the thread is over for Python a little earlier than for the system
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@needs_kernels
+@needs_linux
+def test_helpers_that_never_come(fresh, tmp_path, monkeypatch, encode):
+    """The caller does all of the work where the system starts no threads."""
+    (tmp_path / "refuse.h").write_text("#include <pthread.h>\n#define pthread_create(...) 11\n")
+    monkeypatch.setenv("CC", compiler(tmp_path, f'exec cc -include "{tmp_path}/refuse.h" "$@"'))
+    wanted, _ = encode(1)
+    found, helpers = encode(3)
+    assert not helpers
+    assert torch.equal(found, wanted)
+
+
+@needs_kernels
+@needs_linux
+def test_a_forked_process_has_helpers_of_its_own(encode):
+    wanted, _ = encode(1)
+
+    def fork():
+        encode(3)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            found, helpers = encode(3)
+            os._exit(not (torch.equal(found, wanted) and len(helpers) == 2))
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert in_another_thread(fork) == 0
 
 
 def decoded(large, small, sources, max_len):
@@ -584,7 +652,7 @@ def test_sanitizers_find_nothing(tmp_path):
         "LD_PRELOAD": " ".join(map(str, libraries)),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
     }
-    wanted = "share_engines or general_reader or above_an_exit or more_threads"
+    wanted = "share_engines or general_reader or above_an_exit or more_threads or helpers"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", wanted]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

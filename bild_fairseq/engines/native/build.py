@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("transformer.c", "integers.h", "threads.h", "vectors.h")]
 # No errno and no floating-point traps: with them loops over exp and sqrt are not vectorized.
-_FLAGS = "-std=gnu11 -O3 -march=native -fopenmp -fPIC -shared -fno-math-errno -fno-trapping-math".split()
+_FLAGS = "-std=gnu11 -O3 -march=native -fopenmp-simd -pthread -fPIC -shared -fno-math-errno -fno-trapping-math".split()
 
 
 @cache

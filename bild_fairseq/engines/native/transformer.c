@@ -1,8 +1,8 @@
 /* Forward passes of a fairseq Transformer or a T5 over few tokens, on a CPU.
  *
  * Decoding reads every weight once per pass and multiplies it with a handful of rows, so what counts is to stream the
- * weights at the speed of memory and to waste no time between products. One pass is one parallel region: embedding,
- * layers and vocabulary projection, with barriers between the steps.
+ * weights at the speed of memory and to waste no time between products. The caller goes through a pass step by step,
+ * and threads share the pieces of a step.
  *
  * A batch is ragged: each sentence reads its own number of tokens from its own position on, and nothing is padded. The
  * result of a token does not depend, to the last bit, on what else is read in the same call: every sum is formed in one
@@ -19,7 +19,8 @@
 
 #define AHEAD 8192 /* bytes of weights that are fetched in advance */
 #define BURST 8    /* inputs whose weights are fetched together */
-#define FEW 8      /* up to this many rows, every thread normalizes them all rather than wait for the others */
+#define FEW 8      /* rows that the caller normalizes alone, which takes no longer than to share them out */
+#define CHUNK 2048 /* logits that each part of a normalizer is made from, a multiple of PANEL */
 
 /* ---- The model --------------------------------------------------------------------------------------------------- */
 
@@ -99,24 +100,23 @@ typedef struct {
 
 /* Where a pass computes, apart from x. */
 typedef struct {
-    float *normalized;     /* (T, dim): by all threads together */
-    float *projected;      /* (T, 3 attention_dim): queries, keys and values; (T, attention_dim) for the source */
-    float *attended;       /* (T, attention_dim) */
-    float *inner;          /* (T, ffn), with a gate (T, 2 ffn) */
-    float *gated;          /* (T, ffn) with a gate */
-    float *selected;       /* (predictions, dim): what the predictions are made from */
-    float *own;            /* (threads, FEW, dim): rows that a thread has normalized for itself */
-    float *integers;       /* rows as integers: T by all threads together, */
-    float *own_integers;   /* and (threads) blocks of FEW that a thread has made for itself; NULL for none */
-    int64_t integers_each; /* floats of such a block */
-    float *scores;         /* (threads, score_room): one query's attention */
+    float *normalized; /* (T, dim) */
+    float *projected;  /* (T, 3 attention_dim): queries, keys and values; (T, attention_dim) for the source */
+    float *attended;   /* (T, attention_dim) */
+    float *inner;      /* (T, ffn), with a gate (T, 2 ffn) */
+    float *gated;      /* (T, ffn) with a gate */
+    float *selected;   /* (predictions, dim): what the predictions are made from */
+    float *integers;   /* what a product multiplies, as integers */
+    float *scores;     /* (threads, score_room): one query's attention */
     int64_t score_room;
-    float *tops, *sums;    /* (threads, predictions): largest logit of a thread's share, and its sum of exponentials */
-    int64_t size;          /* floats of all of them */
+    float *tops, *sums; /* (predictions, chunks): largest logit of a chunk, and the sum of its exponentials */
+    int64_t size;       /* floats of all of them */
 } Workspace;
 
 /* Width of the queries, keys and values of all heads. */
 static int64_t attention_dim(const Stack *stack) { return stack->heads * stack->head_dim; }
+
+static int64_t chunk_count(const Pass *pass) { return (pass->logits_stride + CHUNK - 1) / CHUNK; }
 
 /* The next buffer of a block. */
 static float *carve(float *block, int64_t *used, int64_t floats) {
@@ -137,16 +137,37 @@ static Workspace workspace(const Stack *stack, const State *state, const Pass *p
     w.inner = carve(block, &w.size, T * (stack->ffn + gated));
     w.gated = carve(block, &w.size, T * gated);
     w.selected = carve(block, &w.size, n * dim);
-    w.own = carve(block, &w.size, threads * FEW * dim);
     int64_t widest = dim > stack->ffn ? dim : stack->ffn;
     if (attended > widest) widest = attended;
-    w.integers = carve(block, &w.size, integer_room(T, widest));
-    w.integers_each = integer_room(FEW, widest);
-    w.own_integers = carve(block, &w.size, threads * w.integers_each);
+    w.integers = carve(block, &w.size, integer_room(T > n ? T : n, widest));
     w.scores = carve(block, &w.size, threads * w.score_room);
-    w.tops = carve(block, &w.size, threads * n);
-    w.sums = carve(block, &w.size, threads * n);
+    w.tops = carve(block, &w.size, n * chunk_count(pass));
+    w.sums = carve(block, &w.size, n * chunk_count(pass));
     return w;
+}
+
+/* What the steps of a pass need to know. */
+typedef struct {
+    Crew *crew;
+    const Stack *stack;
+    const State *state;
+    const Pass *pass;
+    Workspace w;
+} Context;
+
+/* Which token of a pass is the first one of a sentence. */
+static int64_t first_token(const Pass *pass, int64_t sentence) {
+    int64_t first = 0;
+    for (int64_t s = 0; s < sentence; s++) first += pass->counts[s];
+    return first;
+}
+
+/* Calls work for each of some rows, which is little work. */
+static void for_rows(Crew *crew, int64_t rows, Work *work, const void *job) {
+    if (rows > FEW)
+        share_out(crew, rows, work, job);
+    else
+        for (int64_t r = 0; r < rows; r++) work(job, 0, r);
 }
 
 /* ---- Products ---------------------------------------------------------------------------------------------------- */
@@ -284,36 +305,67 @@ static int64_t panel_bytes(const Linear *l) {
     return l->type == INT8 ? (l->in + 3) / 4 * 4 * PANEL : l->in * PANEL * weight_size(l->type);
 }
 
-/* Rows of x (rows, in) as integers, for this thread's use: few by every thread for itself, many together. */
-static Integers as_integers(const Team *team, const float *x, int64_t rows, int64_t in, const Workspace *w) {
-    int together = rows > FEW || !w->own_integers;
-    Integers made = integers_in(together ? w->integers : w->own_integers + team->thread * w->integers_each, rows, in);
-    Range mine = together ? share(team, rows) : (Range){0, rows};
-    for (int64_t r = mine.from; r < mine.to; r++) to_integers(x + r * in, in, &made, r);
-    if (together) wait_for_all(team);
-    return made;
+/* y = activation(x W + bias) + residual, of x (rows, in); y and residual (rows, ldy) may be the same. */
+typedef struct {
+    const Linear *linear;
+    const float *x;
+    int64_t rows;
+    float *y;
+    int64_t ldy;
+    const float *residual; /* or NULL */
+    int64_t activation;
+    Integers integers; /* x, for INT8 */
+    int64_t piece;     /* panels in a piece of the work */
+} Product;
+
+static void convert_row(const void *job, int64_t thread, int64_t r) {
+    const Product *o = job;
+    (void)thread;
+    to_integers(o->x + r * o->linear->in, o->linear->in, &o->integers, r);
 }
 
-/* This thread's share of y = activation(x W + bias) + residual: x (rows, in), y and residual (rows, ldy). All of x must
- * have been written; there is a barrier between this product and the next. */
-static void linear(const Team *team, const Linear *l, const float *x, int64_t rows, float *y, int64_t ldy,
-                   const float *residual, int activation, const Workspace *w) {
-    Range mine = share(team, panel_count(l));
-    Integers integers = {0};
-    if (l->type == INT8) integers = as_integers(team, x, rows, l->in, w);
-    for (int64_t p = mine.from, count; p < mine.to; p += count) {
-        for (count = panels_together(rows); count > mine.to - p; count /= 2) continue;
-        const char *weight = (const char *)l->weight + p * panel_bytes(l);
-        for (int64_t r0 = 0; r0 < rows; r0 += ROWS) {
-            int64_t n = rows - r0 < ROWS ? rows - r0 : ROWS;
-            Sums sums;
-            multiply(l, count, n, x, &integers, r0, weight, sums);
-            for (int64_t q = 0; q < count; q++)
-                for (int64_t r = 0; r < n; r++)
-                    finish(l, p + q, sums + (q * n + r) * 2, y + (r0 + r) * ldy,
-                           residual ? residual + (r0 + r) * ldy : NULL, activation);
-        }
+/* Some neighbouring panels of a product, of all rows. */
+static void compute_panels(const Product *o, int64_t p, int64_t count) {
+    const Linear *l = o->linear;
+    const char *weight = (const char *)l->weight + p * panel_bytes(l);
+    for (int64_t r0 = 0; r0 < o->rows; r0 += ROWS) {
+        int64_t n = o->rows - r0 < ROWS ? o->rows - r0 : ROWS;
+        Sums sums;
+        multiply(l, count, n, o->x, &o->integers, r0, weight, sums);
+        for (int64_t q = 0; q < count; q++)
+            for (int64_t r = 0; r < n; r++)
+                finish(l, p + q, sums + (q * n + r) * 2, o->y + (r0 + r) * o->ldy,
+                       o->residual ? o->residual + (r0 + r) * o->ldy : NULL, o->activation);
     }
+}
+
+static void compute_piece(const void *job, int64_t thread, int64_t piece) {
+    const Product *o = job;
+    (void)thread;
+    int64_t p = piece * o->piece, end = panel_count(o->linear);
+    if (end - p > o->piece) end = p + o->piece;
+    for (int64_t count; p < end; p += count) {
+        for (count = panels_together(o->rows); count > end - p; count /= 2) continue;
+        compute_panels(o, p, count);
+    }
+}
+
+/* Computes a product. integers: room for x as integers. */
+static void multiply_out(Crew *crew, Product o, float *integers) {
+    int64_t panels = panel_count(o.linear);
+    if (o.linear->type == INT8) {
+        o.integers = integers_in(integers, o.rows, o.linear->in);
+        for_rows(crew, o.rows, convert_row, &o);
+    }
+    o.piece = panels_together(o.rows);
+    while (o.piece > 1 && panels < o.piece * crew->threads) o.piece /= 2; /* something for each thread */
+    share_out(crew, (panels + o.piece - 1) / o.piece, compute_piece, &o);
+}
+
+/* y = activation(x W + bias) + residual, of all tokens of a pass. */
+static void linear(const Context *c, const Linear *l, const float *x, float *y, const float *residual,
+                   int64_t activation) {
+    multiply_out(c->crew, (Product){l, x, c->pass->tokens, y, l->out, residual, activation}, c->w.integers);
 }
 
 /* ---- Norms ------------------------------------------------------------------------------------------------------- */
@@ -335,26 +387,24 @@ static void normalize_row(const Norm *norm, const float *x, float *y, int64_t di
     for (int64_t i = 0; i < dim; i++) y[i] = (x[i] - mean) * scale * norm->weight[i] + (norm->bias ? norm->bias[i] : 0);
 }
 
-/* The norm of all rows by all threads; y may be x. */
-static void normalize_together(const Team *team, const Norm *norm, const float *x, int64_t rows, int64_t dim,
-                               float *y) {
-    Range mine = share(team, rows);
-    for (int64_t r = mine.from; r < mine.to; r++) normalize_row(norm, x + r * dim, y + r * dim, dim);
-    wait_for_all(team);
+typedef struct {
+    const Norm *norm;
+    const float *x;
+    float *y; /* may be x */
+    int64_t dim;
+} Normalization;
+
+static void normalize_one(const void *job, int64_t thread, int64_t r) {
+    const Normalization *n = job;
+    (void)thread;
+    normalize_row(n->norm, n->x + r * n->dim, n->y + r * n->dim, n->dim);
 }
 
-/* The norm of all of x (T, dim), for this thread's use: few rows into its own buffer, many together into a shared
- * one. All of x must have been written; nobody writes to it before the next barrier. */
-static const float *normalize(const Team *team, const Norm *norm, const float *x, int64_t T, int64_t dim,
-                              const Workspace *w) {
+/* The norm of x (T, dim), written to y; x itself if there is no norm. */
+static const float *normalize(const Context *c, const Norm *norm, const float *x, float *y) {
     if (!norm->weight) return x;
-    if (T <= FEW) {
-        float *own = w->own + team->thread * FEW * dim;
-        for (int64_t r = 0; r < T; r++) normalize_row(norm, x + r * dim, own + r * dim, dim);
-        return own;
-    }
-    normalize_together(team, norm, x, T, dim, w->normalized);
-    return w->normalized;
+    for_rows(c->crew, c->pass->tokens, normalize_one, &(Normalization){norm, x, y, c->stack->dim});
+    return y;
 }
 
 /* ---- Attention --------------------------------------------------------------------------------------------------- */
@@ -411,127 +461,128 @@ static void store_keys(const float *key, int64_t ld, int64_t distance, int64_t c
     }
 }
 
-/* Stores the new tokens' keys and values and attends to all that each may see: w->projected to w->attended. The threads
- * share the sentences' heads. */
-static void self_attention(const Team *team, const Stack *stack, const State *state, const Pass *pass, int64_t layer,
-                           const Workspace *w) {
+typedef struct {
+    const Context *c;
+    int64_t layer;
+} Attention;
+
+/* Stores the keys and values of one sentence's new tokens in one head, and attends to all that each may see:
+ * w.projected to w.attended. */
+static void self_attend(const void *job, int64_t thread, int64_t unit) {
+    const Attention *a = job;
+    const Stack *stack = a->c->stack;
+    const State *state = a->c->state;
+    const Pass *pass = a->c->pass;
+    const Workspace *w = &a->c->w;
     int64_t width = attention_dim(stack), heads = stack->heads, head_dim = stack->head_dim, capacity = state->capacity;
-    float *scores = w->scores + team->thread * w->score_room;
-    Range mine = share(team, pass->sentences * heads);
-    int64_t offset = 0, sentence = 0;
-    for (int64_t unit = mine.from; unit < mine.to; unit++) {
-        while (sentence < unit / heads) offset += pass->counts[sentence++];
-        int64_t head = unit % heads, start = pass->starts[sentence], count = pass->counts[sentence];
-        int64_t at = layer * state->layer_size + (pass->rows[sentence] * heads + head) * head_dim * capacity;
-        float *keys = state->keys + at, *values = state->values + at;
-        const float *query = w->projected + offset * 3 * width + head * head_dim;
-        const float *bias = state->biases ? state->biases + (2 * head + 1) * state->reach - start : NULL;
-        store_keys(query + width, 3 * width, width, count, start, head_dim, capacity, keys, values);
-        for (int64_t i = 0; i < count; i++) {
-            int64_t seen = start + (stack->causal ? i + 1 : count);
-            attend(stack, query + i * 3 * width, keys, values, capacity, seen, bias ? bias - i : NULL, scores,
-                   w->attended + (offset + i) * width + head * head_dim);
-        }
+    int64_t sentence = unit / heads, head = unit % heads, offset = first_token(pass, sentence);
+    int64_t start = pass->starts[sentence], count = pass->counts[sentence];
+    int64_t at = a->layer * state->layer_size + (pass->rows[sentence] * heads + head) * head_dim * capacity;
+    float *keys = state->keys + at, *values = state->values + at;
+    const float *query = w->projected + offset * 3 * width + head * head_dim;
+    const float *bias = state->biases ? state->biases + (2 * head + 1) * state->reach - start : NULL;
+    store_keys(query + width, 3 * width, width, count, start, head_dim, capacity, keys, values);
+    for (int64_t i = 0; i < count; i++) {
+        int64_t seen = start + (stack->causal ? i + 1 : count);
+        attend(stack, query + i * 3 * width, keys, values, capacity, seen, bias ? bias - i : NULL,
+               w->scores + thread * w->score_room, w->attended + (offset + i) * width + head * head_dim);
     }
 }
 
-/* Attends to the source: queries w->projected (T, dim) to w->attended. */
-static void source_attention(const Team *team, const Stack *stack, const State *state, const Pass *pass, int64_t layer,
-                             const Workspace *w) {
+/* One head's attention of one sentence's new tokens to the source: queries w.projected (T, dim) to w.attended. */
+static void source_attend(const void *job, int64_t thread, int64_t unit) {
+    const Attention *a = job;
+    const Stack *stack = a->c->stack;
+    const State *state = a->c->state;
+    const Pass *pass = a->c->pass;
+    const Workspace *w = &a->c->w;
     int64_t width = attention_dim(stack), heads = stack->heads, head_dim = stack->head_dim;
     int64_t capacity = state->source_capacity;
-    float *scores = w->scores + team->thread * w->score_room;
-    Range mine = share(team, pass->sentences * heads);
-    int64_t offset = 0, sentence = 0;
-    for (int64_t unit = mine.from; unit < mine.to; unit++) {
-        while (sentence < unit / heads) offset += pass->counts[sentence++];
-        int64_t head = unit % heads, row = pass->rows[sentence];
-        int64_t at = ((layer * state->sentences + row) * heads + head) * head_dim * capacity;
-        const float *keys = state->source_keys + at, *values = state->source_values + at;
-        for (int64_t i = offset; i < offset + pass->counts[sentence]; i++)
-            attend(stack, w->projected + i * width + head * head_dim, keys, values, capacity,
-                   state->source_lengths[row], NULL, scores, w->attended + i * width + head * head_dim);
-    }
+    int64_t sentence = unit / heads, head = unit % heads, row = pass->rows[sentence];
+    int64_t at = ((a->layer * state->sentences + row) * heads + head) * head_dim * capacity;
+    const float *keys = state->source_keys + at, *values = state->source_values + at;
+    int64_t first = first_token(pass, sentence);
+    for (int64_t i = first; i < first + pass->counts[sentence]; i++)
+        attend(stack, w->projected + i * width + head * head_dim, keys, values, capacity, state->source_lengths[row],
+               NULL, w->scores + thread * w->score_room, w->attended + i * width + head * head_dim);
+}
+
+/* Attention of all new tokens in all heads. */
+static void attention(const Context *c, Work *attend_unit, int64_t layer) {
+    share_out(c->crew, c->pass->sentences * c->stack->heads, attend_unit, &(Attention){c, layer});
 }
 
 /* ---- One layer --------------------------------------------------------------------------------------------------- */
 
-/* What fc2 reads, (T, ffn): fc1's output, which with a gate is two factors side by side, the activated one first. */
-static const float *gate(const Team *team, const Stack *stack, int64_t T, const Workspace *w) {
-    if (!stack->gated) return w->inner;
-    int64_t ffn = stack->ffn;
-    Range mine = share(team, (ffn + LANES - 1) / LANES);
-    for (int64_t r = 0; r < T; r++)
-        for (int64_t block = mine.from; block < mine.to; block++) {
-            int64_t i = block * LANES;
-            const float *factors = w->inner + r * 2 * ffn + i;
-            vec v = activate(stack->activation, load_some(factors, ffn - i)) * load_some(factors + ffn, ffn - i);
-            store_some(w->gated + r * ffn + i, v, ffn - i);
-        }
-    wait_for_all(team);
-    return w->gated;
+/* One row of what fc2 reads, where fc1's output is two factors side by side, the activated one first. */
+static void gate_row(const void *job, int64_t thread, int64_t r) {
+    const Context *c = job;
+    (void)thread;
+    int64_t ffn = c->stack->ffn;
+    const float *factors = c->w.inner + r * 2 * ffn;
+    for (int64_t i = 0; i < ffn; i += LANES) {
+        vec v = activate(c->stack->activation, load_some(factors + i, ffn - i));
+        store_some(c->w.gated + r * ffn + i, v * load_some(factors + ffn + i, ffn - i), ffn - i);
+    }
 }
 
-/* Each thread computes its share of every step. Post-norm keeps x as it is before the norm: the sum of a sublayer and
- * its residual is normalized when the next sublayer reads it. */
-static void run_layer(const Team *team, const Stack *stack, const State *state, const Pass *pass, int64_t index,
-                      const Workspace *w) {
-    const Layer *layer = stack->layers + index;
-    int64_t T = pass->tokens, dim = stack->dim, pre = stack->pre_norm;
-    float *x = pass->x;
+static void feed_forward(const Context *c, const Layer *layer, const float *x, float *y, const float *residual) {
+    int64_t gated = c->stack->gated;
+    linear(c, &layer->fc1, x, c->w.inner, NULL, gated ? NONE : c->stack->activation);
+    if (gated) for_rows(c->crew, c->pass->tokens, gate_row, c);
+    linear(c, &layer->fc2, gated ? c->w.gated : c->w.inner, y, residual, NONE);
+}
 
-    const float *y = pre ? normalize(team, &layer->self_norm, x, T, dim, w) : x;
-    linear(team, &layer->qkv, y, T, w->projected, layer->qkv.out, NULL, NONE, w);
-    wait_for_all(team);
-    self_attention(team, stack, state, pass, index, w);
-    wait_for_all(team);
-    linear(team, &layer->self_out, w->attended, T, x, dim, x, NONE, w);
-    wait_for_all(team);
+/* Post-norm keeps x as it is before the norm: the sum of a sublayer and its residual is normalized when the next
+ * sublayer reads it. */
+static void run_layer(const Context *c, int64_t index) {
+    const Layer *layer = c->stack->layers + index;
+    int64_t pre = c->stack->pre_norm, attends_to_source = c->stack->attends_to_source;
+    float *x = c->pass->x, *projected = c->w.projected, *attended = c->w.attended, *normalized = c->w.normalized;
 
-    if (stack->attends_to_source) {
-        y = normalize(team, pre ? &layer->source_norm : &layer->self_norm, x, T, dim, w);
-        linear(team, &layer->source_query, y, T, w->projected, layer->source_query.out, NULL, NONE, w);
-        wait_for_all(team);
-        source_attention(team, stack, state, pass, index, w);
-        wait_for_all(team);
-        linear(team, &layer->source_out, w->attended, T, x, dim, pre ? x : y, NONE, w);
-        wait_for_all(team);
+    const float *y = pre ? normalize(c, &layer->self_norm, x, normalized) : x;
+    linear(c, &layer->qkv, y, projected, NULL, NONE);
+    attention(c, self_attend, index);
+    linear(c, &layer->self_out, attended, x, x, NONE);
+
+    if (attends_to_source) {
+        y = normalize(c, pre ? &layer->source_norm : &layer->self_norm, x, normalized);
+        linear(c, &layer->source_query, y, projected, NULL, NONE);
+        attention(c, source_attend, index);
+        linear(c, &layer->source_out, attended, x, pre ? x : y, NONE);
     }
 
-    const Norm *before = pre ? &layer->final_norm : stack->attends_to_source ? &layer->source_norm : &layer->self_norm;
-    y = normalize(team, before, x, T, dim, w);
-    linear(team, &layer->fc1, y, T, w->inner, layer->fc1.out, NULL, stack->gated ? NONE : stack->activation, w);
-    wait_for_all(team);
-    linear(team, &layer->fc2, gate(team, stack, T, w), T, x, dim, pre ? x : y, NONE, w);
-    wait_for_all(team);
-    if (!pre) normalize_together(team, &layer->final_norm, x, T, dim, x);
+    const Norm *before = pre ? &layer->final_norm : attends_to_source ? &layer->source_norm : &layer->self_norm;
+    y = normalize(c, before, x, normalized);
+    feed_forward(c, layer, y, x, pre ? x : y);
+    if (!pre) normalize(c, &layer->final_norm, x, x);
 }
 
 /* ---- One pass ---------------------------------------------------------------------------------------------------- */
 
-/* Writes to x what the lowest layer reads: embeddings, or hidden states that the layers below have left. */
-static void embed(const Team *team, const Stack *stack, const State *state, const Pass *pass) {
-    int64_t dim = stack->dim;
-    Range mine = share(team, pass->sentences);
-    for (int64_t s = mine.from; s < mine.to; s++) {
-        int64_t offset = 0;
-        for (int64_t before = 0; before < s; before++) offset += pass->counts[before];
-        float *x = pass->x + offset * dim;
-        if (!pass->token) {
-            int64_t at = pass->rows[s] * state->capacity + pass->starts[s];
-            memcpy(x, state->hidden + at * dim, pass->counts[s] * dim * sizeof(float));
-            continue;
-        }
-        for (int64_t i = 0; i < pass->counts[s]; i++, x += dim) {
-            int64_t at = pass->starts[s] + i, starts = at == 0 && stack->start_row >= 0;
-            const float *token = stack->embedding + (starts ? stack->start_row : pass->token[offset + i]) * dim;
-            const float *position = state->positions ? state->positions + at * dim : NULL;
-            for (int64_t d = 0; d < dim; d++)
-                x[d] = (float)stack->embed_scale * token[d] + (position ? position[d] : 0);
-            if (stack->embed_norm.weight) normalize_row(&stack->embed_norm, x, x, dim);
-        }
+/* Writes to x what the lowest layer reads of a sentence: embeddings, or hidden states that the layers below have left. */
+static void embed(const void *job, int64_t thread, int64_t sentence) {
+    const Context *c = job;
+    const Stack *stack = c->stack;
+    const State *state = c->state;
+    const Pass *pass = c->pass;
+    (void)thread;
+    int64_t dim = stack->dim, count = pass->counts[sentence], start = pass->starts[sentence];
+    int64_t first = first_token(pass, sentence);
+    float *x = pass->x + first * dim;
+    if (!pass->token) {
+        int64_t at = pass->rows[sentence] * state->capacity + start;
+        memcpy(x, state->hidden + at * dim, count * dim * sizeof(float));
+        return;
     }
-    wait_for_all(team);
+    for (int64_t i = 0; i < count; i++, x += dim) {
+        int64_t at = start + i, starts = at == 0 && stack->start_row >= 0;
+        const float *token = stack->embedding + (starts ? stack->start_row : pass->token[first + i]) * dim;
+        const float *position = state->positions ? state->positions + at * dim : NULL;
+        for (int64_t d = 0; d < dim; d++)
+            x[d] = (float)stack->embed_scale * token[d] + (position ? position[d] : 0);
+        if (stack->embed_norm.weight) normalize_row(&stack->embed_norm, x, x, dim);
+    }
 }
 
 static void keep_hidden(const Stack *stack, const State *state, const Pass *pass) {
@@ -543,74 +594,69 @@ static void keep_hidden(const Stack *stack, const State *state, const Pass *pass
     }
 }
 
-/* The hidden states to predict from, side by side and normalized: few by every thread for itself, many together. */
-static const float *select_hidden(const Team *team, const Stack *stack, const Pass *pass, const Workspace *w) {
-    int64_t dim = stack->dim, n = pass->predictions;
-    float *x = n <= FEW ? w->own + team->thread * FEW * dim : w->selected;
-    Range mine = n <= FEW ? (Range){0, n} : share(team, n);
-    for (int64_t r = mine.from; r < mine.to; r++) {
-        const float *row = pass->x + pass->selected[r] * dim;
-        if (pass->head->norm.weight)
-            normalize_row(&pass->head->norm, row, x + r * dim, dim);
-        else
-            memcpy(x + r * dim, row, dim * sizeof(float));
-    }
-    if (n > FEW) wait_for_all(team);
-    return x;
+/* One of the hidden states to predict from, normalized. */
+static void select_hidden(const void *job, int64_t thread, int64_t r) {
+    const Context *c = job;
+    const Norm *norm = &c->pass->head->norm;
+    (void)thread;
+    int64_t dim = c->stack->dim;
+    const float *from = c->pass->x + c->pass->selected[r] * dim;
+    float *to = c->w.selected + r * dim;
+    if (norm->weight)
+        normalize_row(norm, from, to, dim);
+    else
+        memcpy(to, from, dim * sizeof(float));
 }
 
-/* This thread's share of the logits after the selected tokens, and of what their normalizers are made of. */
-static void predict(const Team *team, const Stack *stack, const Pass *pass, const Workspace *w) {
-    const Linear *vocabulary = &pass->head->vocabulary;
-    int64_t n = pass->predictions, stride = pass->logits_stride;
-    const float *x = select_hidden(team, stack, pass, w);
-    linear(team, vocabulary, x, n, pass->logits, stride, NULL, NONE, w);
-    Range panels = share(team, panel_count(vocabulary));
-    int64_t begin = PANEL * panels.from, end = PANEL * panels.to;
-    for (int64_t r = 0; r < n; r++) {
-        float *logits = pass->logits + r * stride;
-        for (int64_t i = vocabulary->out; i < end; i++) logits[i] = -INFINITY;
-        vec top = broadcast(-INFINITY), sum = {0};
-        for (int64_t i = begin; i < end; i += LANES) {
-            vec v = *(vec *)(logits + i);
-            top = choose(v > top, v, top);
-        }
-        float max = vec_max(top);
-        for (int64_t i = begin; i < end; i += LANES) sum += vec_exp(*(vec *)(logits + i) - max);
-        w->tops[team->thread * n + r] = max;
-        w->sums[team->thread * n + r] = vec_sum(sum);
+/* What a chunk of one prediction's logits adds to its normalizer. */
+static void sum_chunk(const void *job, int64_t thread, int64_t piece) {
+    const Context *c = job;
+    const Pass *pass = c->pass;
+    (void)thread;
+    int64_t begin = piece % chunk_count(pass) * CHUNK, end = pass->logits_stride;
+    if (end - begin > CHUNK) end = begin + CHUNK;
+    float *logits = pass->logits + piece / chunk_count(pass) * pass->logits_stride;
+    for (int64_t i = pass->head->vocabulary.out; i < end; i++) logits[i] = -INFINITY;
+    vec top = broadcast(-INFINITY), sum = {0};
+    for (int64_t i = begin; i < end; i += LANES) {
+        vec v = *(vec *)(logits + i);
+        top = choose(v > top, v, top);
     }
+    float max = vec_max(top);
+    for (int64_t i = begin; i < end; i += LANES) sum += vec_exp(*(vec *)(logits + i) - max);
+    c->w.tops[piece] = max;
+    c->w.sums[piece] = vec_sum(sum);
 }
 
-/* logsumexp of each prediction's logits, from each thread's share. */
-static void combine_normalizers(const Pass *pass, const Workspace *w, int64_t threads) {
-    int64_t n = pass->predictions;
-    for (int64_t r = 0; r < n; r++) {
-        float max = -INFINITY, total = 0;
-        for (int64_t t = 0; t < threads; t++) max = w->tops[t * n + r] > max ? w->tops[t * n + r] : max;
-        for (int64_t t = 0; t < threads; t++) total += w->sums[t * n + r] * expf(w->tops[t * n + r] - max);
-        pass->log_normalizer[r] = max + logf(total);
-    }
+/* logsumexp of a prediction's logits. */
+static float log_normalizer(const float *tops, const float *sums, int64_t chunks) {
+    float max = -INFINITY, total = 0;
+    for (int64_t i = 0; i < chunks; i++) max = tops[i] > max ? tops[i] : max;
+    for (int64_t i = 0; i < chunks; i++) total += sums[i] * expf(tops[i] - max);
+    return max + logf(total);
+}
+
+/* The logits after the selected tokens, and their normalizers. */
+static void predict(const Context *c) {
+    const Pass *pass = c->pass;
+    int64_t n = pass->predictions, chunks = chunk_count(pass);
+    for_rows(c->crew, n, select_hidden, c);
+    multiply_out(c->crew,
+                 (Product){&pass->head->vocabulary, c->w.selected, n, pass->logits, pass->logits_stride, NULL, NONE},
+                 c->w.integers);
+    share_out(c->crew, n * chunks, sum_chunk, c);
+    for (int64_t r = 0; r < n; r++)
+        pass->log_normalizer[r] = log_normalizer(c->w.tops + r * chunks, c->w.sums + r * chunks, chunks);
 }
 
 static void run(const Stack *stack, const State *state, const Pass *pass) {
-    Workspace w = workspace(stack, state, pass);
-    Barrier barrier = {0};
-    int64_t threads = 0;
-#pragma omp parallel num_threads(pass->threads)
-    {
-        Team team = team_member(&barrier);
-        if (team.thread == 0) threads = team.threads;
-        embed(&team, stack, state, pass);
-        for (int64_t index = pass->first; index < pass->end; index++) run_layer(&team, stack, state, pass, index, &w);
-        if (pass->keep && !team.thread) keep_hidden(stack, state, pass);
-        if (pass->own_first < pass->own_end) wait_for_all(&team);
-        for (int64_t i = pass->own_first; i < pass->own_end; i++) run_layer(&team, stack, state, pass, i, &w);
-        const Norm *last = &stack->output_norm;
-        if (last->weight) normalize_together(&team, last, pass->x, pass->tokens, stack->dim, pass->x);
-        if (pass->predictions) predict(&team, stack, pass, &w);
-    }
-    combine_normalizers(pass, &w, threads);
+    Context c = {crew_of(pass->threads), stack, state, pass, workspace(stack, state, pass)};
+    share_out(c.crew, pass->sentences, embed, &c);
+    for (int64_t index = pass->first; index < pass->end; index++) run_layer(&c, index);
+    if (pass->keep) keep_hidden(stack, state, pass);
+    for (int64_t index = pass->own_first; index < pass->own_end; index++) run_layer(&c, index);
+    normalize(&c, &stack->output_norm, pass->x, pass->x);
+    if (pass->predictions) predict(&c);
 }
 
 /* Floats that the pass's workspace must have room for, if there is not enough; else 0. */
@@ -765,36 +811,41 @@ int64_t bild_verify(const Stack *stack, const State *state, const Pass *pass, co
 /* Floats that bild_source needs for so many rows. */
 int64_t bild_source_room(const Linear *both, int64_t rows) { return rows * both->out + integer_room(rows, both->in); }
 
+typedef struct {
+    const Stack *stack;
+    const State *state;
+    const float *y; /* (rows, ld): keys and values of all layers */
+    int64_t ld;
+} Source;
+
+/* Stores one head's keys and values in one layer, of all sentences. */
+static void store_source(const void *job, int64_t thread, int64_t unit) {
+    const Source *source = job;
+    const State *state = source->state;
+    (void)thread;
+    int64_t width = attention_dim(source->stack), heads = source->stack->heads, head_dim = source->stack->head_dim;
+    int64_t capacity = state->source_capacity, layer = unit / heads, head = unit % heads;
+    const float *key = source->y + layer * 2 * width + head * head_dim;
+    for (int64_t sentence = 0; sentence < state->sentences; sentence++) {
+        int64_t at = ((layer * state->sentences + sentence) * heads + head) * head_dim * capacity;
+        int64_t length = state->source_lengths[sentence];
+        store_keys(key, source->ld, width, length, 0, head_dim, capacity, state->source_keys + at,
+                   state->source_values + at);
+        key += length * source->ld;
+    }
+}
+
 /* Keys and values of the source, for all layers, from the encoder's output.
  *
  * both: of all layers, (layer 0 keys, layer 0 values, layer 1 keys, ...).
  * x: (rows, in), the rows of one sentence after those of another. y: scratch, with the room of bild_source_room. */
 void bild_source(const Stack *stack, const State *state, const Linear *both, const float *x, float *y,
                  int64_t threads) {
-    int64_t width = attention_dim(stack), heads = stack->heads, head_dim = stack->head_dim;
-    int64_t capacity = state->source_capacity;
-    int64_t layers = both->out / (2 * width), rows = 0;
+    Crew *crew = crew_of(threads);
+    int64_t rows = 0, layers = both->out / (2 * attention_dim(stack));
     for (int64_t s = 0; s < state->sentences; s++) rows += state->source_lengths[s];
-    Workspace w = {.integers = y + rows * both->out};
-    Barrier barrier = {0};
-#pragma omp parallel num_threads(threads)
-    {
-        Team team = team_member(&barrier);
-        linear(&team, both, x, rows, y, both->out, NULL, NONE, &w);
-        wait_for_all(&team);
-        Range mine = share(&team, layers * heads);
-        int64_t offset = 0;
-        for (int64_t sentence = 0; sentence < state->sentences; sentence++) {
-            for (int64_t unit = mine.from; unit < mine.to; unit++) {
-                int64_t layer = unit / heads, head = unit % heads;
-                int64_t at = ((layer * state->sentences + sentence) * heads + head) * head_dim * capacity;
-                store_keys(y + offset * both->out + layer * 2 * width + head * head_dim, both->out, width,
-                           state->source_lengths[sentence], 0, head_dim, capacity, state->source_keys + at,
-                           state->source_values + at);
-            }
-            offset += state->source_lengths[sentence];
-        }
-    }
+    multiply_out(crew, (Product){both, x, rows, y, both->out, NULL, NONE}, y + rows * both->out);
+    share_out(crew, layers * stack->heads, store_source, &(Source){stack, state, y, both->out});
 }
 
 /* ---- What the Python side asks ----------------------------------------------------------------------------------- */
