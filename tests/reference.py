@@ -30,6 +30,7 @@ class Rules:
     unk_penalty: float = 0.0
     temperature: float = 1.0
     no_repeat_ngram_size: int = 0
+    draft_types: tuple[int, ...] | None = None  # all that the small model has, except where it scores a prefix
     prefix: tuple[int, ...] = ()
     start_symbol: int | None = None  # the end symbol, unless given
     normalize_scores: bool = True
@@ -63,14 +64,20 @@ class _Model:
 
     members: list[tuple[nn.Module, dict]]  # model, its encoder's output
 
-    def lprobs(self, y: list[int], symbols: Dictionary, rules: Rules) -> Tensor:
-        """Row m is the log-distribution of the token after y[:m], constraints applied; no row after an end symbol."""
+    def lprobs(self, y: list[int], symbols: Dictionary, rules: Rules, types: Sequence[int] | None = None) -> Tensor:
+        """Row m is the log-distribution of the token after y[:m], constraints applied; no row after an end symbol.
+
+        With ``types`` these are all that there is.
+        """
         history = [symbols.eos() if rules.start_symbol is None else rules.start_symbol, *y]
         if y and y[-1] == symbols.eos():
             history.pop()  # nothing follows, and it can lie beyond the last learned position
         each = []
         for model, encoder_out in self.members:
             logits = model.decoder(torch.tensor([history]), encoder_out=encoder_out)[0][0]
+            if types is not None:
+                others = [token for token in range(len(symbols)) if token not in types]
+                logits[:, others] = -math.inf
             each.append(torch.log_softmax(logits.float() / rules.temperature, dim=-1))
         lprobs = torch.stack(each).logsumexp(dim=0) - math.log(len(each))  # of the mean probability
         for m in range(len(history)):
@@ -138,12 +145,13 @@ def bild(
     count = _Count()
     turn = rules.start if small_models else LARGE
 
-    def read(model: _Model) -> Tensor:
-        lprobs = model.lprobs(y, symbols, rules)
+    def read(model: _Model, types: Sequence[int] | None = None) -> Tensor:
+        if prefix or types is None:
+            lprobs = model.lprobs(y, symbols, rules)
         for m in range(prefix):
             if model is large or math.isnan(scores[m]):
                 scores[m] = lprobs[m, y[m]].item()
-        return lprobs
+        return lprobs if types is None else model.lprobs(y, symbols, rules, types)
 
     done = False
     if y and y[-1] == eos:
@@ -160,7 +168,7 @@ def bild(
         if turn == SMALL:
             while len(y) - verified < rules.max_draft:
                 count.small_calls += 1
-                best, token = read(small)[-1].max(dim=-1)
+                best, token = read(small, rules.draft_types)[-1].max(dim=-1)
                 if best.exp().item() < rules.fallback_threshold:
                     count.fallbacks += 1
                     break

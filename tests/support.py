@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bild_fairseq.decoding.policies import Policy
 from bild_fairseq.engines.base import Pass
 from bild_fairseq.engines.choose import engine_for, remember
+from bild_fairseq.plugin.draft_vocabulary import DraftVocabulary
 from bild_fairseq.plugin.generator import BildGenerator, SearchOptions
 from bild_fairseq.plugin.pair import Pair
 
@@ -185,6 +186,8 @@ def generator(large: Sequence[nn.Module], small: Sequence[nn.Module], rules: Rul
         temperature=rules.temperature,
         no_repeat_ngram_size=rules.no_repeat_ngram_size,
     )
+    if rules.draft_types is not None:
+        of_pair["draft_vocabulary"] = DraftVocabulary(rules.draft_types)
     return BildGenerator(Pair(large, small, **of_pair), dictionary, policy, options, **more)
 
 

@@ -32,6 +32,7 @@ class Pass:
     layers: tuple[int, int]
     predict: Literal["all", "last", "none"]  # after which tokens the next one is predicted: each, each row's last, none
     keep: bool = False  # keep the hidden states for a pass that goes on from here
+    cut: int | None = None  # the head that predicts, from Engine.cut_head; None for the one over all types
 
 
 class State(ABC):
@@ -52,6 +53,7 @@ class Engine(ABC):
         seconds: time spent in encoders and forward passes so far. What a generation takes beyond it is the cost of the
             decoding loop.
         synchronizes: wait for the device after every pass, so that ``seconds`` is right on a GPU as well.
+        cuts: the heads of :meth:`cut_head` that have been proved, by depth and types.
     """
 
     depth: int
@@ -59,6 +61,7 @@ class Engine(ABC):
     def __init__(self) -> None:
         self.seconds = 0.0
         self.synchronizes = False
+        self.cuts: dict[tuple[int, tuple[int, ...]], int] = {}
 
     @abstractmethod
     def start(self, net_input: dict[str, Any]) -> State:
@@ -78,7 +81,20 @@ class Engine(ABC):
 
         Returns:
             for each selected token, in order, the next one's logits and normalizer; None if none was selected. The
-            caller may change them; the next pass may overwrite them.
+            caller may change them; the next pass may overwrite them. With a cut head the other types' logits are
+            -inf.
+        """
+
+    @abstractmethod
+    def cut_head(self, depth: int, types: Sequence[int]) -> int:
+        """Makes a head that predicts some types only, with the norm and the projection of the one over all types.
+
+        Args:
+            depth: after which layer it predicts: an exit layer, or the engine's depth.
+            types: token numbers in ascending order, without padding.
+
+        Returns:
+            its number, for :attr:`Pass.cut`.
         """
 
     @abstractmethod
@@ -89,6 +105,7 @@ class Engine(ABC):
         constraints: Constraints,
         below: EngineReader | None = None,
         keep: bool = False,
+        cut: int | None = None,
     ) -> EngineReader:
         """A reader over some of the layers; see :class:`~bild_fairseq.engines.readers.EngineReader`."""
 

@@ -7,6 +7,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,7 +17,7 @@ from ..errors import BildError
 from .base import Engine
 from .changes import sums
 from .native import NativeEngine, missing_option
-from .proof import prove
+from .proof import prove, prove_cut_head
 from .supported import unsupported_model
 from .torch.engine import TorchEngine
 
@@ -50,6 +51,27 @@ def engine_for(model: nn.Module, precision: str, role: str) -> Engine:
         return engine
 
 
+def cut_head_for(
+    engine: Engine, model: nn.Module, depth: int, types: tuple[int, ...], precision: str, role: str
+) -> int:
+    """The number of an engine's head over some types only, for :attr:`Pass.cut`; a new one only if there is none.
+
+    Args:
+        engine: of :func:`engine_for`, as are model, precision and role.
+        depth, types: as for :meth:`Engine.cut_head`.
+
+    Raises:
+        BildError: the head is not exact; one line with the reason.
+    """
+    with _lock:
+        if (depth, types) not in engine.cuts:
+            with _explaining(model, role):
+                cut = engine.cut_head(depth, types)
+                prove_cut_head(engine, cut, model, depth, types, precision, role)
+            engine.cuts[depth, types] = cut
+        return engine.cuts[depth, types]
+
+
 def remember(model: nn.Module, precision: str, engine: Engine) -> None:
     """Has :func:`engine_for` return an engine as long as the model's weights stay what they are."""
     _remembered.setdefault(model, {})[precision] = fingerprint(model), engine
@@ -72,25 +94,36 @@ def _settings(module: nn.Module) -> Iterator[Hashable]:
 
 
 def _make(model: nn.Module, precision: str, role: str) -> Engine:
-    """A new engine, proved; torch's random numbers go on as if nothing had run, though layers are dropped with them."""
+    """A new engine, proved."""
+    with _explaining(model, role):
+        if precision == "int8":  # rounding of inputs hides much of what a model may compute beside its weights
+            prove(_fastest(model, "float32", role), model, "float32", role)
+        engine = _fastest(model, precision, role)
+        prove(engine, model, precision, role)
+        if next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
+            # Rounding in half precision hides much of what a model may compute beside its weights.
+            exact = copy.deepcopy(model).float()
+            kept = "float32" if precision == "int8" else precision
+            prove(TorchEngine(exact, kept), exact, kept, role)
+    return engine
+
+
+@contextmanager
+def _explaining(model: nn.Module, role: str) -> Iterator[None]:
+    """Runs a model; torch's random numbers go on as if nothing had run, though layers are dropped with them.
+
+    Raises:
+        BildError: the model fails, in whatever way; one line.
+    """
     weight = next(model.parameters())
     try:
         with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
-            if precision == "int8":  # rounding of inputs hides much of what a model may compute beside its weights
-                prove(_fastest(model, "float32", role), model, "float32", role)
-            engine = _fastest(model, precision, role)
-            prove(engine, model, precision, role)
-            if weight.dtype in (torch.float16, torch.bfloat16):
-                # Rounding in half precision hides much of what a model may compute beside its weights.
-                exact = copy.deepcopy(model).float()
-                kept = "float32" if precision == "int8" else precision
-                prove(TorchEngine(exact, kept), exact, kept, role)
+            yield
     except BildError:
         raise
     except Exception as error:  # modules of a user's own may fail in any way
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise BildError(f"the {role} model ({type(model).__name__}) cannot be decoded: {reason}") from error
-    return engine
 
 
 def _fastest(model: nn.Module, precision: str, role: str) -> Engine:

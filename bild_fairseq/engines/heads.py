@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def heads_of(decoder: nn.Module) -> Iterator[tuple[int, nn.Module | None, nn.Linear]]:
@@ -25,3 +26,12 @@ def layers_of(decoder: nn.Module) -> tuple[list[nn.Module], Mapping[int, range]]
         own[depth] = range(len(layers), len(layers) + len(decoder.own_layers(depth)))
         layers += decoder.own_layers(depth)
     return layers, own
+
+
+def spread(logits: Tensor, types: Tensor, vocabulary: int) -> Tensor:
+    """The logits over some types (predictions, kept) as those of all types (predictions, vocabulary), -inf elsewhere.
+
+    Args:
+        types: (kept,) token numbers.
+    """
+    return logits.new_full((len(logits), vocabulary), -math.inf).index_copy_(1, types, logits)

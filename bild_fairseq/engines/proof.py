@@ -6,6 +6,7 @@ same tokens in several passes, each of several tokens.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -51,24 +52,77 @@ def prove(engine: Engine, model: nn.Module, precision: str, role: str) -> None:
     Raises:
         BildError: they differ by more than rounding, so text would be wrong.
     """
-    tolerance = _TOLERANCE[next(model.parameters()).dtype]
-    if precision == "int8":
-        tolerance = max(tolerance, _INT8_TOLERANCE)
-    net_input, tokens = _random_batch(model)
     exits = [depth for depth in getattr(model.decoder, "exit_layers", ()) if depth < engine.depth]
-    missing = list(getattr(model.decoder, "missing_rows", ()))
-    expected = _generate(rounded_copy(model, precision), net_input, tokens, exits)
-    unrounded = _generate(model, net_input, tokens, exits) if precision == "int8" else None
-    for depth, where, found in _readings(engine, net_input, tokens, exits):
-        found, (wanted, largest) = _floored(found, missing), expected[depth]
-        agrees = _agree(found, wanted, largest, tolerance)
-        if unrounded is not None:
-            allowed = max(_INT8_FARTHER * _distance(found, unrounded[depth][0]), _TOLERANCE[torch.float32])
+    comparison = _Comparison(model, precision, role, exits)
+    for depth, where, found in _readings(engine, comparison.net_input, comparison.tokens, exits):
+        comparison.check(found, depth, where)
+
+
+@torch.no_grad()
+def prove_cut_head(
+    engine: Engine, cut: int, model: nn.Module, depth: int, types: Sequence[int], precision: str, role: str
+) -> None:
+    """Compares a head of an engine that predicts some types only with what the model gives these.
+
+    Args:
+        engine, model, precision, role: as for :func:`prove`.
+        cut: the head's number.
+        depth: after which layer it predicts.
+        types: token numbers.
+
+    Raises:
+        BildError: they differ by more than rounding, or another type has a probability.
+    """
+    comparison = _Comparison(model, precision, role, [depth] if depth < engine.depth else [])
+    state = engine.start(comparison.net_input)
+    found = _read(engine, state, comparison.tokens, (0, depth), _FIRST, keep=depth < engine.depth, cut=cut)
+    comparison.check(found, depth, " with its draft vocabulary", types)
+
+
+class _Comparison:
+    """What a model predicts on a few random tokens, to compare an engine's predictions with.
+
+    Args:
+        model, precision, role: as for :func:`prove`.
+        exits: the exit layers to compare at, besides the full depth.
+    """
+
+    def __init__(self, model: nn.Module, precision: str, role: str, exits: Sequence[int]):
+        self._model, self._role = model, role
+        self._tolerance = _TOLERANCE[next(model.parameters()).dtype]
+        self._missing = list(getattr(model.decoder, "missing_rows", ()))
+        self.net_input, self.tokens = _random_batch(model)
+        self._expected = _generate(rounded_copy(model, precision), self.net_input, self.tokens, exits)
+        self._unrounded = None
+        if precision == "int8":
+            self._tolerance = max(self._tolerance, _INT8_TOLERANCE)
+            self._unrounded = _generate(model, self.net_input, self.tokens, exits)
+
+    def check(self, found: Predictions, depth: int, where: str, types: Sequence[int] | None = None) -> None:
+        """Compares what an engine has predicted after a layer.
+
+        Args:
+            found: its log-probabilities.
+            depth: the layer.
+            where: the same in words.
+            types: those that it predicts, None for all.
+
+        Raises:
+            BildError: it differs from the model by more than rounding.
+        """
+        found, (wanted, largest) = _floored(found, self._missing), self._expected[depth]
+        if types is not None:
+            wanted = _among(wanted, types, self._missing)
+        agrees = _agree(found, wanted, largest, self._tolerance)
+        if self._unrounded is not None:
+            unrounded, _ = self._unrounded[depth]
+            unrounded = unrounded if types is None else _among(unrounded, types, self._missing)
+            allowed = max(_INT8_FARTHER * _distance(found, unrounded), _TOLERANCE[torch.float32])
             agrees = agrees and _distance(found, wanted) <= allowed
         if not agrees:
             raise BildError(
-                f"the {role} model ({type(model).__name__}) cannot be decoded exactly: its forward pass computes "
-                f"something else than its weights say{where}"
+                f"the {self._role} model ({type(self._model).__name__}) cannot be decoded exactly: its forward pass "
+                f"computes something else than its weights say{where}"
             )
 
 
@@ -150,11 +204,12 @@ def _read(
     layers: tuple[int, int],
     first: Sequence[int],
     keep: bool = False,
+    cut: int | None = None,
 ) -> Predictions:
     """An engine's log-probabilities, read in two passes.
 
     Args:
-        layers, keep: as in a :class:`~bild_fairseq.engines.base.Pass`.
+        layers, keep, cut: as in a :class:`~bild_fairseq.engines.base.Pass`.
         first: how many tokens of each sentence the first pass reads.
     """
     found: list[list[Tensor]] = [[] for _ in tokens]
@@ -163,12 +218,21 @@ def _read(
         rows = [row for row in range(len(tokens)) if ends[row] > starts[row]]
         if rows:
             chunks = [tokens[row][starts[row] : ends[row]] for row in rows]
-            step = Pass(rows, [starts[row] for row in rows], chunks, layers, "all", keep)
+            step = Pass(rows, [starts[row] for row in rows], chunks, layers, "all", keep, cut)
             logits, normalizers = engine.run(state, step)
             lprobs = logits - normalizers[:, None]
             for row, part in zip(rows, lprobs.split([len(chunk) for chunk in chunks]), strict=True):
                 found[row].append(part)
     return [torch.cat(parts) for parts in found]
+
+
+def _among(predictions: Predictions, types: Sequence[int], missing: Sequence[int]) -> Predictions:
+    """Log-probabilities over some types only, -inf for the others; floored as by :func:`_floored`."""
+    possible = sorted(set(types).difference(missing))
+    among = [torch.full_like(row, -math.inf) for row in predictions]
+    for row, all_types in zip(among, predictions, strict=True):
+        row[:, possible] = all_types[:, possible].log_softmax(dim=-1)
+    return _floored(among, missing)
 
 
 def _floored(predictions: Predictions, missing: Sequence[int]) -> Predictions:

@@ -29,8 +29,13 @@ class LogitsReader(ABC, Reader):
         self.constraints = constraints
 
     @abstractmethod
-    def logits(self, tokens: Tokens, rows: Sequence[int], last_only: bool) -> Logits:
+    def logits(self, tokens: Tokens, rows: Sequence[int], last_only: bool, drafting: bool) -> Logits:
         """Reads all that it has not read of some rows.
+
+        Args:
+            tokens, rows: as for :meth:`draft`.
+            last_only: predict after each row's last token only.
+            drafting: predict what a draft is made of: among the types of the draft vocabulary, if there is one.
 
         Returns:
             what follows each token that was read, row by row, or only each row's last one.
@@ -44,7 +49,7 @@ class LogitsReader(ABC, Reader):
         going = list(rows)
         while going:
             positions = [(row, len(texts[row]) - 1) for row in going]
-            logits, normalizers = self._constrained(texts, going, positions, last_only=True)
+            logits, normalizers = self._constrained(texts, going, positions, drafting=True)
             best, lprobs = best_tokens(logits, normalizers)
             for row, token, lprob in zip(list(going), best, lprobs, strict=True):
                 drafts[row].append(Prediction(token, lprob))
@@ -64,7 +69,7 @@ class LogitsReader(ABC, Reader):
         ]
         # The token that follows each token read; none follows a row's last one, and the end symbol fills in.
         drafted = [(*tokens[row], self.constraints.eos)[position + 1] for row, position in positions]
-        logits, normalizers = self._constrained(tokens, rows, positions, last_only=False)
+        logits, normalizers = self._constrained(tokens, rows, positions, drafting=False)
         verdicts = [Verdict(*values) for values in zip(*best_tokens(logits, normalizers, drafted), strict=True)]
         ends = [0]
         for row, first in zip(rows, firsts, strict=True):
@@ -72,14 +77,15 @@ class LogitsReader(ABC, Reader):
         return [verdicts[begin:end] for begin, end in pairwise(ends)]
 
     def _constrained(
-        self, tokens: Tokens, rows: Sequence[int], positions: Sequence[tuple[int, int]], last_only: bool
+        self, tokens: Tokens, rows: Sequence[int], positions: Sequence[tuple[int, int]], drafting: bool
     ) -> tuple[Array, Array]:
         """Logits (predictions, vocab) under the constraints, and their normalizers from before (predictions,).
 
         Args:
             positions: row and position of each prediction. Position i is that of the i-th generated token.
+            drafting: predict what a draft is made of, after each row's last token.
         """
-        logits, normalizers = self.logits(tokens, rows, last_only)
+        logits, normalizers = self.logits(tokens, rows, last_only=drafting, drafting=drafting)
         if logits.device.type == "cpu":  # NumPy is quicker about small things
             logits, normalizers = logits.numpy(), normalizers.numpy()
         self.constraints.apply(logits, normalizers, positions, tokens)
@@ -96,6 +102,7 @@ class EngineReader(LogitsReader):
         constraints: of the batch.
         below: for the layers above an exit, the reader of the layers below, whose hidden states they go on from.
         keep: keep hidden states for a reader of the layers above.
+        cut: the head that it drafts with, from :meth:`Engine.cut_head`; None for the one over all types.
     """
 
     def __init__(
@@ -106,16 +113,17 @@ class EngineReader(LogitsReader):
         constraints: Constraints,
         below: EngineReader | None = None,
         keep: bool = False,
+        cut: int | None = None,
     ):
         super().__init__(constraints)
         self.engine, self.state, self.layers = engine, state, layers
         self.consumed = [0] * state.batch
-        self._below, self._keep = below, keep
+        self._below, self._keep, self._cut = below, keep, cut
 
-    def logits(self, tokens: Tokens, rows: Sequence[int], last_only: bool) -> Logits:
-        return self.engine.run(self.state, self.next_pass(tokens, rows, "last" if last_only else "all"))
+    def logits(self, tokens: Tokens, rows: Sequence[int], last_only: bool, drafting: bool) -> Logits:
+        return self.engine.run(self.state, self.next_pass(tokens, rows, "last" if last_only else "all", drafting))
 
-    def next_pass(self, tokens: Tokens, rows: Sequence[int], predict: str) -> Pass:
+    def next_pass(self, tokens: Tokens, rows: Sequence[int], predict: str, drafting: bool = False) -> Pass:
         """The pass over all that has not been read of some rows, which then counts as read."""
         if self._below is not None:
             self._below.catch_up(tokens, rows)
@@ -123,7 +131,7 @@ class EngineReader(LogitsReader):
         unread = [tokens[row][start:] for row, start in zip(rows, starts, strict=True)]
         for row in rows:
             self.consumed[row] = len(tokens[row])
-        return Pass(rows, starts, unread, self.layers, predict, self._keep)
+        return Pass(rows, starts, unread, self.layers, predict, self._keep, self._cut if drafting else None)
 
     def catch_up(self, tokens: Tokens, rows: Sequence[int]) -> None:
         """Reads what is unread of some rows without predicting anything."""
@@ -151,8 +159,8 @@ class EnsembleReader(LogitsReader):
     def consumed(self) -> list[int]:
         return self._readers[0].consumed
 
-    def logits(self, tokens: Tokens, rows: Sequence[int], last_only: bool) -> Logits:
-        members = [reader.logits(tokens, rows, last_only) for reader in self._readers]
+    def logits(self, tokens: Tokens, rows: Sequence[int], last_only: bool, drafting: bool) -> Logits:
+        members = [reader.logits(tokens, rows, last_only, drafting) for reader in self._readers]
         if self._temperature != 1.0:
             tempered = [logits / self._temperature for logits, _ in members]
             members = [(logits, torch.logsumexp(logits, dim=-1)) for logits in tempered]

@@ -135,7 +135,9 @@ class Recorder:
             small.rollback(row, len(prefixes[row]))
             large.rollback(row, len(prefixes[row]))
         # An exit must have read before the layers above it go on.
-        of_small, of_large = (_lprobs(reader, tokens, rows, prefixes, limits) for reader in (small, large))
+        of_small, of_large = (
+            _lprobs(reader, tokens, rows, prefixes, limits, drafting=reader is small) for reader in (small, large)
+        )
         small_lprobs, small_tokens = of_small.max(dim=-1)
         large_lprobs, large_tokens = of_large.max(dim=-1)
         drafted = of_large.gather(-1, small_tokens[:, None]).squeeze(-1)
@@ -162,10 +164,11 @@ def _lprobs(
     rows: Sequence[int],
     prefixes: Sequence[Sequence[int]],
     limits: Sequence[Constraints],
+    drafting: bool,
 ) -> torch.Tensor:
     """Log-probabilities of what follows each token from a prefix's last one on: (predictions, vocab)."""
     firsts = [reader.consumed[row] for row in rows]
-    logits, normalizers = reader.logits(tokens, rows, last_only=False)
+    logits, normalizers = reader.logits(tokens, rows, last_only=False, drafting=drafting)
     kept, end = [], 0
     for row, first in zip(rows, firsts, strict=True):
         known = len(prefixes[row])

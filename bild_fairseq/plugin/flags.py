@@ -103,6 +103,14 @@ class BildGenerationConfig(GenerationConfig):
             "faster for a large one in float32, which verifies as exactly as ever (default: same)"
         },
     )
+    bild_draft_vocab: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "file with the target types that the small model, or the exit, drafts among, one a line as in "
+            "dict.txt: drafts cost less, and the large model is as it was; scripts/align.py --draft-vocab writes one "
+            "(default: all types)"
+        },
+    )
     bild_stats: Optional[str] = field(
         default=None,
         metadata={"help": "JSON file for the counters of the run and of every sentence, written at its end"},
@@ -226,6 +234,10 @@ def check(args: Any) -> None:
             reason = unreadable(file)
             if reason:
                 raise BildError(f"--bild-small-path {file}: {reason}")
+    draft_vocab = option(args, "bild_draft_vocab")
+    reason = None if draft_vocab is None else unreadable(draft_vocab)
+    if reason:
+        raise BildError(f"--bild-draft-vocab {draft_vocab}: {reason}")
     stats = option(args, "bild_stats")
     reason = None if stats is None else unwritable(stats)
     if reason:

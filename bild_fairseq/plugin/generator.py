@@ -55,6 +55,9 @@ class BildGenerator:
         eos: end symbol; the dictionary's unless given.
         symbols_to_strip_from_output: symbols that fairseq leaves out of printed hypotheses.
         stats_path: where :meth:`finish` writes the counters; every sentence's are kept for it.
+
+    Raises:
+        BildError: the pair's draft vocabulary lacks the end symbol.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class BildGenerator:
         self.options = options or SearchOptions()
         self.pad, self.unk = tgt_dict.pad(), tgt_dict.unk()
         self.eos = tgt_dict.eos() if eos is None else eos
+        if pair.draft_vocabulary is not None and self.eos not in pair.draft_vocabulary.types:
+            raise BildError(f"--bild-draft-vocab lacks the end symbol of this task, {tgt_dict[self.eos]}; add it")
         self.symbols_to_strip_from_output = (symbols_to_strip_from_output or set()) | {self.eos}
         self._source_lengths = source_lengths
         self._stats_path = stats_path
@@ -105,7 +110,7 @@ class BildGenerator:
             expect.
 
         Raises:
-            BildError: lexical constraints, or a minimum length above the maximum.
+            BildError: lexical constraints, a minimum length above the maximum, or too few types to draft among.
         """
         if constraints is not None:
             raise BildError("lexical constraints are not supported; leave --constraints out")
@@ -167,6 +172,7 @@ class BildGenerator:
             max_len = int(max(-1, min(wanted, self.pair.max_positions - 1)))
         if options.min_len > max_len:
             raise BildError(f"--min-len {options.min_len} is above the maximum length, {max_len}; lower it")
+        self._check_enough_types(max_len)
         limits = Constraints(
             pad=self.pad,
             unk=self.unk,
@@ -178,6 +184,15 @@ class BildGenerator:
             no_repeat_ngram_size=options.no_repeat_ngram_size,
         )
         return limits, lengths
+
+    def _check_enough_types(self, max_len: int) -> None:
+        """Refuses a draft vocabulary of which blocked n-grams could leave nothing to draft."""
+        size, vocabulary = self.options.no_repeat_ngram_size, self.pair.draft_vocabulary
+        if size and vocabulary is not None and len(vocabulary.types) <= max_len:
+            raise BildError(
+                f"--no-repeat-ngram-size {size} could forbid all {len(vocabulary.types)} types of --bild-draft-vocab "
+                f"within {max_len} tokens; give it more than that"
+            )
 
     def _prefixes(self, prefix_tokens: Tensor | None, batch: int) -> list[list[int]]:
         if prefix_tokens is None:

@@ -31,13 +31,14 @@ from ..decoding.constraints import Constraints
 from ..decoding.reader import Reader
 from ..engines.base import Engine
 from ..engines.changes import traces
-from ..engines.choose import engine_for
+from ..engines.choose import cut_head_for, engine_for
 from ..engines.precision import PRECISIONS
 from ..engines.readers import combined
 from ..engines.supported import is_t5
 from ..errors import BildError
 from ..models.exits import ExitHeads
 from .checkpoints import Loading, check_positions, check_task, load_large, load_small
+from .draft_vocabulary import DraftVocabulary
 from .files import unreadable
 from .flags import option, small_loading, small_paths
 
@@ -60,6 +61,7 @@ class Pair:
         small_precision: of the small model's weights; None for the same.
         large_path: checkpoints that ``large`` comes from, joined by ``:``; for :meth:`flags` only.
         small_path: checkpoints that ``small`` comes from, joined by ``:``; for :meth:`flags` only.
+        draft_vocabulary: the types that the small model or the exit drafts among; None for all.
 
     Raises:
         BildError: nothing drafts, two things do, an exit is not there, a precision is unknown, or a model has an
@@ -77,8 +79,10 @@ class Pair:
     small_precision: str | None = None
     large_path: str | None = None
     small_path: str | None = None
+    draft_vocabulary: DraftVocabulary | None = None
     large_engines: list[Engine] = field(init=False, repr=False)
     small_engines: list[Engine] = field(init=False, repr=False)
+    _cuts: list[int | None] = field(init=False, repr=False)  # what each model that drafts, or its exit, drafts with
     _seen: list[list[Hashable]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -93,12 +97,25 @@ class Pair:
             check_exit(self.large, self.exit_layer)
         elif self.small_precision not in (None, self.precision) and not self.small:
             raise BildError("there is no small model whose weights could have a precision of their own")
+        if self.alone and self.draft_vocabulary is not None:
+            raise BildError("a draft vocabulary is of what drafts; here nothing does")
         self._find_engines()
 
     def _find_engines(self) -> None:
         self.large_engines = [engine_for(model, self.precision, "large") for model in self.large]
         precision = self.small_precision or self.precision
         self.small_engines = [engine_for(model, precision, "small") for model in self.small]
+        drafting = [(*one, "small") for one in zip(self.small_engines, self.small, strict=True)]
+        if self.exit_layer is not None:
+            precision = self.precision
+            drafting = [(*one, "large") for one in zip(self.large_engines, self.large, strict=True)]
+        self._cuts = [None] * len(drafting)
+        if self.draft_vocabulary is not None:
+            types = self.draft_vocabulary.types
+            self._cuts = [
+                cut_head_for(engine, model, self.exit_layer or engine.depth, types, precision, role)
+                for engine, model, role in drafting
+            ]
         self._seen = self._traces()
 
     def _traces(self) -> list[list[Hashable]]:
@@ -123,12 +140,15 @@ class Pair:
         }
         check_task(models, task)
         _warn_of_overflow(models)
+        path = option(args, "bild_draft_vocab")
+        vocabulary = None if path is None else DraftVocabulary.load(path, task.target_dictionary)
+        drafting = {"draft_vocabulary": vocabulary, **precision}
         paths = small_paths(args)
         if paths:
             small = _load_drafting(paths, task, models, small_loading(args))
-            return cls(models, small, small_path=os.pathsep.join(paths), **precision)
+            return cls(models, small, small_path=os.pathsep.join(paths), **drafting)
         alone = str(args.generator) == "greedy"
-        return cls(models, exit_layer=_exit_of_args(models, args, alone), alone=alone, **precision)
+        return cls(models, exit_layer=_exit_of_args(models, args, alone), alone=alone, **drafting)
 
     @classmethod
     def load(
@@ -178,12 +198,14 @@ class Pair:
 
     def greedy(self) -> Pair:
         """The large model alone."""
-        return dataclasses.replace(self, small=(), small_path=None, small_precision=None, exit_layer=None, alone=True)
+        return dataclasses.replace(
+            self, small=(), small_path=None, small_precision=None, exit_layer=None, alone=True, draft_vocabulary=None
+        )
 
     def small_alone(self) -> Pair:
-        """What drafts, decoding greedily without the large model."""
+        """What drafts, decoding greedily without the large model, and among all types."""
         if not self.small:
-            return dataclasses.replace(self, alone=True)
+            return dataclasses.replace(self, alone=True, draft_vocabulary=None)
         precision = self.small_precision or self.precision
         return Pair(self.small, alone=True, precision=precision, large_path=self.small_path)
 
@@ -215,15 +237,17 @@ class Pair:
             self._find_engines()
         net_input = {name: value for name, value in net_input.items() if name != "prev_output_tokens"}
         small = [
-            engine.reader(engine.start(net_input), (0, engine.depth), constraints) for engine in self.small_engines
+            engine.reader(engine.start(net_input), (0, engine.depth), constraints, cut=cut)
+            for engine, cut in zip(self.small_engines, self._cuts if self.small else (), strict=True)
         ]
         large = []
-        for engine in self.large_engines:
+        for number, engine in enumerate(self.large_engines):
             state = engine.start(net_input)
             if self.exit_layer is None or self.alone:
                 large.append(engine.reader(state, (0, self.exit_layer or engine.depth), constraints))
             else:
-                shallow = engine.reader(state, (0, self.exit_layer), constraints, keep=True)
+                cut = self._cuts[number]
+                shallow = engine.reader(state, (0, self.exit_layer), constraints, keep=True, cut=cut)
                 small.append(shallow)
                 large.append(engine.reader(state, (self.exit_layer, engine.depth), constraints, below=shallow))
         return combined(large, constraints, temperature), combined(small, constraints, temperature) if small else None
@@ -239,6 +263,8 @@ class Pair:
             words += ["--bild-precision", self.precision]
         if self.small_precision not in (None, self.precision):
             words += ["--bild-small-precision", self.small_precision]
+        if self.draft_vocabulary is not None:
+            words += ["--bild-draft-vocab", self.draft_vocabulary.path]
         return shlex.join(words)
 
 

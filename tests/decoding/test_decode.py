@@ -601,7 +601,9 @@ class Table(LogitsReader):
         self.consumed = [0]
         self._rows = rows
 
-    def logits(self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool) -> tuple[Tensor, Tensor]:
+    def logits(
+        self, tokens: Sequence[Sequence[int]], rows: Sequence[int], last_only: bool, drafting: bool
+    ) -> tuple[Tensor, Tensor]:
         end = len(tokens[0])
         first = end - 1 if last_only else self.consumed[0]
         self.consumed[0] = end

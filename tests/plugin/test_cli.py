@@ -80,6 +80,7 @@ def test_help_lists_every_flag_with_default_and_unit(corpus, program):
         "bild-max-draft": ["tokens, 1 or more", "default: 10"],
         "bild-start {large,small}": ["default: large"],
         "bild-verify-end": ["default: off"],
+        "bild-draft-vocab": ["dict.txt", "default: all types"],
         "bild-stats": ["JSON"],
     }
     for flag, words in expected.items():

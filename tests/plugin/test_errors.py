@@ -57,6 +57,8 @@ def message_of(function, *arguments):
         ({"bild_small_shard_count": 2}, "--bild-small-shard-count"),
         ({"bild_small_path": "small.pt", "bild_small_shard_count": 0}, "--bild-small-shard-count 0"),
         ({"bild_small_path": "nowhere.pt", "bild_small_suffix": "-best"}, "nowhere-best.pt"),
+        ({"bild_draft_vocab": "nowhere.txt"}, "--bild-draft-vocab nowhere.txt: no such file"),
+        ({"bild_draft_vocab": ""}, "--bild-draft-vocab"),
         ({"bild_stats": "nowhere/stats.json"}, "--bild-stats nowhere/stats.json"),
         ({"bild_stats": USER_DIR}, f"--bild-stats {USER_DIR}"),
         ({"bild_stats": ""}, "--bild-stats"),
@@ -91,6 +93,7 @@ FOR_BILD_ALONE = {
     "bild_start": "small",
     "bild_verify_end": True,
     "bild_small_precision": "int8",
+    "bild_draft_vocab": __file__,
 }
 
 

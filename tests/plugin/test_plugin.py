@@ -279,6 +279,7 @@ def test_flags_reach_the_generation_config(corpus):
         "bild_stats": "stats.json",
         "bild_precision": "bfloat16",
         "bild_small_precision": "int8",
+        "bild_draft_vocab": str(corpus.data / "dict.y.txt"),
     }
     flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     flags = [word for word in flags if word is not True]  # a switch has no value
@@ -299,6 +300,7 @@ def test_flags_reach_the_generation_config(corpus):
         "bild_stats": None,
         "bild_precision": "float32",
         "bild_small_precision": "same",
+        "bild_draft_vocab": None,
     }
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...decoding.constraints import Constraints
 from ...decoding.reader import Prediction, Verdict
 from ..base import Engine, Logits, Pass
-from ..heads import layers_of
+from ..heads import layers_of, spread
 from ..readers import EngineReader
 from . import structs
 from .build import library
@@ -21,6 +21,11 @@ from .encoder import encoder_for
 from .packing import PackedStack, Packer
 from .reader import NativeReader
 from .state import NativeState
+
+
+class _CutHead(NamedTuple):
+    struct: structs.Head
+    types: Tensor  # (kept,) the token of each output, ascending
 
 
 class NativeEngine(Engine):
@@ -39,7 +44,7 @@ class NativeEngine(Engine):
         packer, decoder = Packer(self._library.bild_panel(), precision), model.decoder
         self._stack = PackedStack(decoder, packer)
         self.depth = self._stack.depth
-        self._heads = packer.heads(decoder)
+        self._decoder, self._packer, self._heads, self._cut_heads = decoder, packer, packer.heads(decoder), []
         attentions = [layer.encoder_attn for layer in layers_of(decoder)[0]]
         self._source = packer.linear(*(part for a in attentions for part in (a.k_proj, a.v_proj)))
 
@@ -64,7 +69,22 @@ class NativeEngine(Engine):
     def _run(self, state: NativeState, step: Pass) -> Logits | None:
         self._prepare(state, step, max(_ends(step)))
         self._call(self._library.bild_run, state)
-        return None if step.predict == "none" else state.buffers.logits(self._heads[step.layers[1]].vocabulary.out)
+        if step.predict == "none":
+            return None
+        logits, normalizers = state.buffers.logits(self._head(step).vocabulary.out)
+        if step.cut is not None:
+            logits = spread(logits, self._cut_heads[step.cut].types, self._heads[step.layers[1]].vocabulary.out)
+        return logits, normalizers
+
+    def cut_head(self, depth: int, types: Sequence[int]) -> int:
+        kept = torch.tensor(types)
+        head = self._packer.cut_head(self._heads[depth], self._decoder, depth, kept)
+        self._cut_heads.append(_CutHead(head, kept))
+        return len(self._cut_heads) - 1
+
+    def _head(self, step: Pass) -> structs.Head | None:
+        """What predicts in a pass; None where nothing could."""
+        return self._heads.get(step.layers[1]) if step.cut is None else self._cut_heads[step.cut].struct
 
     def draft(
         self, state: NativeState, step: Pass, constraints: Constraints, limit: float, threshold: float
@@ -92,8 +112,9 @@ class NativeEngine(Engine):
         integers, lprobs = array("q", bytes(8 * count * (2 + limit))), array("f", bytes(4 * count * limit))
         order = integers.buffer_info()[0]
         made, tokens = order + 8 * count, order + 16 * count
+        types = None if step.cut is None else self._cut_heads[step.cut].types
         draft = structs.Draft(
-            _constraints(constraints, prefixes), threshold, limit, order, made, tokens, lprobs.buffer_info()[0]
+            _constraints(constraints, prefixes, types), threshold, limit, order, made, tokens, lprobs.buffer_info()[0]
         )
         self._call(self._library.bild_draft, state, draft)
         result = []
@@ -137,15 +158,16 @@ class NativeEngine(Engine):
         constraints: Constraints,
         below: EngineReader | None = None,
         keep: bool = False,
+        cut: int | None = None,
     ) -> NativeReader:
-        return NativeReader(self, state, layers, constraints, below, keep)
+        return NativeReader(self, state, layers, constraints, below, keep, cut)
 
     def _prepare(self, state: NativeState, step: Pass, length: int) -> None:
         """Makes room for positions 0 .. length - 1, and describes the pass."""
         state.reserve(length)
         if step.keep:
             state.keep_hidden()
-        state.buffers.fill(step, self._stack, self._heads.get(step.layers[1]))
+        state.buffers.fill(step, self._stack, self._head(step))
 
     def _call(self, function: Any, state: NativeState, *details: ctypes.Structure) -> None:
         addresses = map(ctypes.addressof, details)
@@ -157,12 +179,19 @@ def _ends(step: Pass) -> list[int]:
     return [start + len(tokens) for start, tokens in zip(step.starts, step.tokens, strict=True)]
 
 
-def _constraints(constraints: Constraints, prefixes: array) -> structs.Constraints:
-    """The struct, which points to the lengths of the prefixes."""
+def _constraints(constraints: Constraints, prefixes: array, types: Tensor | None = None) -> structs.Constraints:
+    """The struct, which points to the lengths of the prefixes.
+
+    Args:
+        types: those that a cut head predicts, the end symbol and the unknown one among them.
+    """
+    pad, unk, eos = constraints.pad, constraints.unk, constraints.eos
+    if types is not None:
+        pad, (unk, eos) = -1, torch.searchsorted(types, torch.tensor([unk, eos])).tolist()
     return structs.Constraints(
-        pad=constraints.pad,
-        unk=constraints.unk,
-        eos=constraints.eos,
+        pad=pad,
+        unk=unk,
+        eos=eos,
         min_len=constraints.min_len,
         max_len=constraints.max_len,
         unk_penalty=constraints.unk_penalty,

@@ -115,15 +115,29 @@ class Packer:
             heads[depth] = structs.Head(self.norm(norm, getattr(decoder, "output_scale", 1.0)), packed[projection])
         return heads
 
-    def _vocabulary(self, decoder: nn.Module, projection: nn.Linear) -> structs.Linear:
-        """The projection to the vocabulary; see ``T5Decoder.project_to_vocabulary``."""
-        if not is_t5(decoder):
-            return self.linear(projection)
-        weight = projection.weight.detach().float().clone()
-        weight[decoder.padding_idx] = weight[decoder.start_row]
-        weight[decoder.missing_rows] = 0.0
-        bias = weight.new_zeros(len(weight))
-        bias[decoder.missing_rows] = decoder.missing_logit
+    def cut_head(self, head: structs.Head, decoder: nn.Module, depth: int, types: Tensor) -> structs.Head:
+        """A head over some types only.
+
+        Args:
+            head: the one over all types.
+            depth: after which layer it predicts.
+            types: (kept,) token numbers in ascending order.
+        """
+        projection = next(projection for one, _, projection in heads_of(decoder) if one == depth)
+        self._tensors.append(types)
+        return structs.Head(head.norm, self._vocabulary(decoder, projection, types), types.data_ptr())
+
+    def _vocabulary(self, decoder: nn.Module, projection: nn.Linear, types: Tensor | None = None) -> structs.Linear:
+        """The projection to the vocabulary, or to some types only; see ``T5Decoder.project_to_vocabulary``."""
+        weight = projection.weight.detach().float()
+        bias = None if projection.bias is None else projection.bias.detach().float()
+        if is_t5(decoder):
+            weight, bias = weight.clone(), weight.new_zeros(len(weight))
+            weight[decoder.padding_idx] = weight[decoder.start_row]
+            weight[decoder.missing_rows] = 0.0
+            bias[decoder.missing_rows] = decoder.missing_logit
+        if types is not None:
+            weight, bias = weight[types], None if bias is None else bias[types]
         return self._product(weight, bias)
 
     def _packed_pointer(self, weights: Tensor) -> int:

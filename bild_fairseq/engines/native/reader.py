@@ -15,7 +15,7 @@ class NativeReader(EngineReader):
     def draft(self, tokens: Tokens, rows: Sequence[int], limit: float, threshold: float) -> list[list[Prediction]]:
         if self.constraints.depend_on_text:
             return super().draft(tokens, rows, limit, threshold)
-        step = self.next_pass(tokens, rows, "last")
+        step = self.next_pass(tokens, rows, "last", drafting=True)
         drafts = self.engine.draft(self.state, step, self.constraints, limit, threshold)
         for row, predictions in zip(rows, drafts, strict=True):
             self.consumed[row] += len(predictions) - 1

@@ -41,7 +41,7 @@ class Stack(ctypes.Structure):
 
 
 class Head(ctypes.Structure):
-    _fields_ = [("norm", Norm), ("vocabulary", Linear)]
+    _fields_ = [("norm", Norm), ("vocabulary", Linear), *_fields("", "types")]
 
 
 class State(ctypes.Structure):

@@ -57,6 +57,7 @@ typedef struct {
 typedef struct {
     Norm norm;
     Linear vocabulary;
+    const int64_t *types; /* (vocabulary.out): the token of each output, ascending; NULL: the outputs are all tokens */
 } Head;
 
 /* ---- A batch, and one pass over it ------------------------------------------------------------------------------- */
@@ -677,20 +678,20 @@ int64_t bild_run(const Stack *stack, const State *state, const Pass *pass) {
 /* What every prediction must respect, as in decoding/constraints.py. A prediction's position is the number of generated
  * tokens before it: that of the token it is made after, as the start symbol has position 0 and is not generated. */
 typedef struct {
-    int64_t pad, unk, eos;         /* pad is impossible */
+    int64_t pad, unk, eos;         /* outputs of the head that predicts; pad is impossible, -1 where it is none */
     int64_t min_len, max_len;      /* below min_len the end symbol is impossible, from max_len on all others are */
     double unk_penalty;            /* nats */
     const int64_t *prefix_lengths; /* (the state's sentences): min_len is not for these first positions; or NULL */
 } Constraints;
 
 typedef struct {
-    int64_t token;
-    float lprob; /* nats; NaN if a logit is */
+    int64_t token; /* an output of the head, until its types say which token that is */
+    float lprob;   /* nats; NaN if a logit is */
 } Prediction;
 
 static void constrain(const Constraints *c, int64_t row, int64_t position, float *logits, int64_t out) {
     int64_t prefix = c->prefix_lengths ? c->prefix_lengths[row] : 0;
-    logits[c->pad] = -INFINITY;
+    if (c->pad >= 0) logits[c->pad] = -INFINITY;
     if (c->unk_penalty) logits[c->unk] -= (float)c->unk_penalty;
     if (position >= c->max_len) {
         float end = logits[c->eos];
@@ -719,7 +720,7 @@ static int64_t argmax(const float *numbers, int64_t n) {
     return best;
 }
 
-/* The best token after a row's token at a position. Leaves of the logits what the constraints allow. */
+/* The best output after a row's token at a position. Leaves of the logits what the constraints allow. */
 static Prediction best_token(const Constraints *c, int64_t row, int64_t position, float *logits, int64_t out,
                              float log_normalizer) {
     constrain(c, row, position, logits, out);
@@ -746,7 +747,7 @@ static int64_t draft_token(const Pass *pass, const Draft *draft, int64_t s) {
     int64_t position = pass->starts[s] + pass->counts[s] - 1;
     Prediction best = best_token(&draft->constraints, pass->rows[s], position, pass->logits + s * pass->logits_stride,
                                  pass->head->vocabulary.out, pass->log_normalizer[s]);
-    draft->tokens[at] = best.token;
+    draft->tokens[at] = pass->head->types ? pass->head->types[best.token] : best.token;
     draft->lprobs[at] = best.lprob;
     return best.token != draft->constraints.eos && exp(best.lprob) >= draft->threshold &&
            step + 1 < draft->limit;
@@ -789,7 +790,7 @@ typedef struct {
     float *drafted_lprobs;  /* (T), out: that of the token that follows; NaN where none does */
 } Verification;
 
-/* The pass predicts after every token. Returns as bild_run. */
+/* The pass predicts after every token, among all tokens. Returns as bild_run. */
 int64_t bild_verify(const Stack *stack, const State *state, const Pass *pass, const Verification *v) {
     int64_t missing = missing_room(stack, state, pass), i = 0;
     if (missing) return missing;

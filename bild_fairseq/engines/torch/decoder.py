@@ -7,6 +7,7 @@ number of new tokens at any offset in each row.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,13 +15,37 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Logits, Pass
-from ..heads import layers_of
+from ..heads import layers_of, spread
 from .attention import Source, SourceAttention
 from .cache import DecoderState, Span, additive_mask
-from .linear import RowFn
+from .linear import RowFn, cut_output, projection
 
 # A layer's number from 0, hidden states (batch * new, dim), cache and span -> hidden states.
 LayerFn = Callable[[int, Tensor, DecoderState, Span], Tensor]
+
+
+class Head(ABC):
+    """From hidden states (rows, dim) to logits (rows, vocab).
+
+    Args:
+        norm: the final norm, if there is one.
+        output: the output projection.
+    """
+
+    def __init__(self, norm: RowFn | None, output: nn.Linear):
+        self.norm, self.output, self.vocabulary = norm, output, projection(output)
+        self.types: Tensor | None = None  # those that it predicts, on the device; None for all
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def cut(self, types: Sequence[int]) -> Head:
+        """The same head over some types only: its logits are (rows, kept)."""
+        made = copy.copy(self)
+        made.types = torch.tensor(types, device=self.output.weight.device)
+        made.output = cut_output(self.output, made.types)
+        made.vocabulary = projection(made.output)
+        return made
 
 
 class CachedDecoder(ABC):
@@ -29,7 +54,7 @@ class CachedDecoder(ABC):
     Args:
         decoder: supported, in eval mode, on the device and in the precision to decode with.
         layers: what its layers compute, in the order of ``layers_of``.
-        heads: by depth, from hidden states (rows, dim) to logits (rows, vocab).
+        heads: by depth.
         source: its encoder-decoder attention, if it has any.
     """
 
@@ -37,12 +62,13 @@ class CachedDecoder(ABC):
         self,
         decoder: nn.Module,
         layers: Sequence[LayerFn],
-        heads: Mapping[int, RowFn],
+        heads: Mapping[int, Head],
         source: SourceAttention | None,
     ):
         first = decoder.layers[0]
         self._layers, self._heads, self._source = layers, heads, source
         self._depth, self._own = len(decoder.layers), layers_of(decoder)[1]
+        self._cut_heads: list[Head] = []
         self._head_shape = first.self_attn.num_heads, first.self_attn.head_dim
         self._like = first.fc1.weight.detach()
         self._position_table = self._like.new_empty(0, 0)
@@ -92,7 +118,12 @@ class CachedDecoder(ABC):
         x = self.run(state, span, tokens, step.layers, step.keep)
         if step.predict == "none":
             return None
-        return self.predict(_select(x, counts, span.new, step.predict == "last"), step.layers[1])
+        return self.predict(_select(x, counts, span.new, step.predict == "last"), step.layers[1], step.cut)
+
+    def cut_head(self, depth: int, types: Sequence[int]) -> int:
+        """See :meth:`~bild_fairseq.engines.base.Engine.cut_head`."""
+        self._cut_heads.append(self._heads[depth].cut(types))
+        return len(self._cut_heads) - 1
 
     def run(
         self, state: DecoderState, span: Span, tokens: Tensor | None, layers: tuple[int, int], keep: bool
@@ -113,10 +144,18 @@ class CachedDecoder(ABC):
             x = self._layers[index](index, x, state, span)
         return x
 
-    def predict(self, x: Tensor, depth: int) -> Logits:
-        """float32 logits (rows, vocab) and their logsumexp (rows,) from hidden states (rows, dim) after a layer."""
-        logits = self._heads[depth](x).float()
-        return logits, torch.logsumexp(logits, dim=-1)
+    def predict(self, x: Tensor, depth: int, cut: int | None = None) -> Logits:
+        """float32 logits (rows, vocab) and their logsumexp (rows,) from hidden states (rows, dim) after a layer.
+
+        Args:
+            cut: the number of the head that predicts; None for the layer's own, over all types.
+        """
+        head = self._heads[depth] if cut is None else self._cut_heads[cut]
+        logits = head(x).float()
+        normalizers = torch.logsumexp(logits, dim=-1)
+        if head.types is not None:
+            logits = spread(logits, head.types, self._heads[depth].output.out_features)
+        return logits, normalizers
 
     @abstractmethod
     def _embed(self, tokens: Tensor, span: Span) -> Tensor:

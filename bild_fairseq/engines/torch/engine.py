@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -62,6 +63,9 @@ class TorchEngine(Engine):
     def run(self, state: State, step: Pass) -> Logits | None:
         return self.timed(self.decoder.read, state, step)
 
+    def cut_head(self, depth: int, types: Sequence[int]) -> int:
+        return self.decoder.cut_head(depth, types)
+
     def reader(
         self,
         state: State,
@@ -69,5 +73,6 @@ class TorchEngine(Engine):
         constraints: Constraints,
         below: EngineReader | None = None,
         keep: bool = False,
+        cut: int | None = None,
     ) -> EngineReader:
-        return EngineReader(self, state, layers, constraints, below, keep)
+        return EngineReader(self, state, layers, constraints, below, keep, cut)

@@ -9,7 +9,7 @@ is rounded up: a handful of graphs serves a whole test set.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -84,6 +84,10 @@ class GraphedDecoder:
         """Number of layers."""
         return self.decoder.depth
 
+    def cut_head(self, depth: int, types: Sequence[int]) -> int:
+        """See :meth:`CachedDecoder.cut_head`."""
+        return self.decoder.cut_head(depth, types)
+
     def start(self, encoder_out: Tensor, padding_mask: Tensor | None, batch: int) -> GraphedState:
         """See :meth:`CachedDecoder.start`."""
         source = encoder_out.size(0)
@@ -111,7 +115,7 @@ class GraphedDecoder:
         new = next((width for width in _WIDTHS if width >= longest), longest)
         state.reserve(max(step.starts) + 2 * new)
         self._fill_inputs(state, step, new)
-        key = (new, step.layers, step.keep, step.predict != "none")
+        key = (new, step.layers, step.keep, step.predict != "none", step.cut)
         if key not in state.passes:
             run = partial(self._run, state, *key)
             useful = new in _WIDTHS and state.batch * new <= _ROWS
@@ -142,11 +146,13 @@ class GraphedDecoder:
             state.inputs[new] = torch.zeros(2, state.batch, new, dtype=torch.long, device=device)
         state.inputs[new].copy_(torch.tensor([tokens, positions]))
 
-    def _run(self, state: GraphedState, new: int, layers: tuple[int, int], keep: bool, predict: bool) -> Logits | None:
+    def _run(
+        self, state: GraphedState, new: int, layers: tuple[int, int], keep: bool, predict: bool, cut: int | None
+    ) -> Logits | None:
         tokens, positions = state.inputs[new]
         span = state.state.fixed_span(positions)
         x = self.decoder.run(state.state, span, None if layers[0] else tokens, layers, keep)
-        return self.decoder.predict(x, layers[1]) if predict else None
+        return self.decoder.predict(x, layers[1], cut) if predict else None
 
     def _captured(self, run: Run, length: int) -> Run:
         """A pass over positions up to ``length`` as a graph, or as it is where a graph cannot be or is wrong."""

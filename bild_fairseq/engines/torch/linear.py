@@ -28,6 +28,20 @@ def projection(*modules: nn.Linear) -> RowFn:
     return lambda x: F.linear(x, weight, bias)
 
 
+def cut_output(output: nn.Linear, types: Tensor) -> nn.Linear:
+    """An output projection of the same kind, with a copy of some types' rows only.
+
+    Args:
+        output: (vocab, dim).
+        types: (kept,) token numbers, on its device.
+    """
+    made = type(output)(output.in_features, len(types), output.bias is not None, device="meta")
+    made.weight = nn.Parameter(output.weight.detach()[types], requires_grad=False)
+    if output.bias is not None:
+        made.bias = nn.Parameter(output.bias.detach()[types], requires_grad=False)
+    return made
+
+
 def norm(module: nn.Module | None) -> RowFn | None:
     """A layer norm or an RMS norm; None stays None."""
     if module is None:

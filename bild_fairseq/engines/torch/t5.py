@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..heads import heads_of
 from .attention import SourceAttention, attend
 from .cache import DecoderState, Span
-from .decoder import CachedDecoder
+from .decoder import CachedDecoder, Head
 from .linear import norm, projection
 
 # T5 starts with smaller queries instead.
@@ -48,11 +49,11 @@ class _Layer:
         return x + self.fc2(hidden)
 
 
-class _Head:
-    """From hidden states to logits, as ``T5Decoder.project_to_vocabulary`` after a final norm."""
+class _Head(Head):
+    """``T5Decoder.project_to_vocabulary`` after a final norm."""
 
     def __init__(self, decoder: nn.Module, final_norm: nn.Module, output: nn.Linear):
-        self._norm, self._vocabulary = norm(final_norm), projection(output)
+        super().__init__(norm(final_norm), output)
         self._scale = decoder.output_scale
         self._padding, self._start = decoder.padding_idx, decoder.start_row
         # On the device: a CUDA graph cannot copy from a list.
@@ -60,9 +61,15 @@ class _Head:
         self._missing_logit = decoder.missing_logit
 
     def __call__(self, x: Tensor) -> Tensor:
-        logits = self._vocabulary(self._norm(x) * self._scale)
-        logits[:, self._padding] = logits[:, self._start]
+        logits = self.vocabulary(self.norm(x) * self._scale)
+        if self.types is None:  # padding is in no draft vocabulary
+            logits[:, self._padding] = logits[:, self._start]
         return logits.index_fill_(1, self._missing, self._missing_logit)
+
+    def cut(self, types: Sequence[int]) -> _Head:
+        made = super().cut(types)
+        made._missing = torch.isin(made.types, self._missing).nonzero().squeeze(1)
+        return made
 
 
 class CachedT5(CachedDecoder):

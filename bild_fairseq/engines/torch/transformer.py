@@ -10,7 +10,7 @@ from ..heads import heads_of, layers_of
 from ..positions import position_table
 from .attention import SourceAttention, attend
 from .cache import DecoderState, Span
-from .decoder import CachedDecoder
+from .decoder import CachedDecoder, Head
 from .linear import norm, projection
 
 
@@ -73,20 +73,19 @@ class _Layer:
         return x if self.pre_norm else self.final_norm(x)
 
 
-class _Head:
-    """From hidden states to logits: final norm, projection to the output width, vocabulary projection."""
+class _Head(Head):
+    """Final norm, projection to the output width, vocabulary projection."""
 
     def __init__(self, final_norm: nn.Module | None, project_out: nn.Linear | None, output: nn.Linear):
-        self._norm = norm(final_norm)
+        super().__init__(norm(final_norm), output)
         self._project_out = None if project_out is None else projection(project_out)
-        self._vocabulary = projection(output)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._norm is not None:
-            x = self._norm(x)
+        if self.norm is not None:
+            x = self.norm(x)
         if self._project_out is not None:
             x = self._project_out(x)
-        return self._vocabulary(x)
+        return self.vocabulary(x)
 
 
 class CachedTransformer(CachedDecoder):
