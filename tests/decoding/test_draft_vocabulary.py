@@ -162,6 +162,7 @@ def early_exit(seed: int, **options) -> nn.Module:
 
 EARLY = [early_exit(0, **PRE_NORM), early_exit(1, exit_share_output_projection=False)]
 EARLY += [early_exit(2, decoder_output_dim=10, **PRE_NORM)]  # with PyTorch's operators only
+EARLY += [early_exit(3, exit_own_layers=1)]
 
 
 @settings(max_examples=20)

@@ -218,6 +218,23 @@ def test_bild_equals_the_reference_over_transformers(pair, kind, variant, rules,
         assert_like_reference(hypothesis, bild(large, small, to_fairseq(one), dictionary, rules))
 
 
+@each_kind
+@each_variant
+def test_a_draft_vocabulary_equals_transformers(kind, variant):
+    """With types in it that T5 lacks, whose probability stays 0: `<s>`, and rows at the end of a dictionary."""
+    models = two_models(variant)
+    run_with(kind, models)
+    _, _, large, small, dictionary, _ = models
+    rows = sources(4)
+    types = tuple(sorted({dictionary.bos(), EOS, dictionary.unk(), *range(4, len(dictionary), 2), len(dictionary) - 1}))
+    rules = Rules(fallback_threshold=0.2, start=SMALL, draft_types=types)
+    drafted = 0
+    for one, hypothesis in zip(rows, generate(models, rules, rows), strict=True):
+        assert_like_reference(hypothesis, bild(large, small, to_fairseq(one), dictionary, rules))
+        drafted += hypothesis["counters"].drafted
+    assert drafted
+
+
 @each_pair
 @each_variant
 def test_lossless_is_fairseqs_greedy_text(pair, variant):
