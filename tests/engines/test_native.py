@@ -25,7 +25,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Rules
-from support import PRE_NORM, assert_close, generator, model, related, sample, source, symbols
+from support import PRE_NORM, T5, T5_GATED, assert_close, generator, model, related, sample, source, symbols
 from torch import nn
 
 from bild_fairseq.decoding.constraints import Constraints
@@ -169,15 +169,32 @@ def product(x, module):
 
 
 def norm(x, module):
-    """Each row has mean 0 and variance 1 before it is scaled and moved."""
+    """Each row has mean 0 and variance 1 before it is scaled and moved; after T5's its mean square is 1."""
     if module is None:
         return x
+    if isinstance(module, nn.RMSNorm):
+        return x / np.sqrt((x**2).mean(1, keepdims=True) + module.eps) * numbers(module.weight)
     centred = x - x.mean(1, keepdims=True)
     scaled = centred / np.sqrt((centred**2).mean(1, keepdims=True) + module.eps)
     return scaled * numbers(module.weight) + numbers(module.bias)
 
 
-def attention(queries, keys, values, heads, causal):
+def position_bias(module, queries, keys):
+    """T5's bias of each head, query and key, (heads, queries, keys), from the buckets as the paper describes them."""
+    buckets, table = module.num_buckets // (2 if module.bidirectional else 1), numbers(module.weight)
+    bias = np.zeros((table.shape[1], queries, keys))
+    for i, k in np.ndindex(queries, keys):
+        distance = abs(i - k) if module.bidirectional else max(i - k, 0)
+        exact = buckets // 2  # half of the buckets hold one distance, the others grow by the same factor
+        bucket = distance
+        if distance >= exact:
+            share = np.log(np.float32(distance / exact)) / np.log(np.float32(module.max_distance / exact))
+            bucket = min(exact + int(share * (buckets - exact)), buckets - 1)
+        bias[:, i, k] = table[bucket + (buckets if module.bidirectional and k > i else 0)]
+    return bias
+
+
+def attention(queries, keys, values, heads, causal, scale, bias):
     """Of each head: the mean of the values, weighted by the softmax of query times key; a query sees no later key."""
     out = np.zeros_like(queries)
     size = queries.shape[1] // heads
@@ -185,13 +202,17 @@ def attention(queries, keys, values, heads, causal):
         part = slice(head * size, (head + 1) * size)
         for i, query in enumerate(queries[:, part]):
             seen = i + 1 if causal else len(keys)
-            weights = np.exp(keys[:seen, part] @ query / math.sqrt(size))
+            weights = np.exp(keys[:seen, part] @ query * scale + bias[head, i, :seen])
             out[i, part] = weights / weights.sum() @ values[:seen, part]
     return out
 
 
 def activation(x, name):
-    return np.maximum(x, 0) if name == "relu" else x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+    if name == "relu":
+        return np.maximum(x, 0)
+    if name == "gated-gelu":
+        return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+    return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
 
 
 def sublayer(x, module, pre_norm, compute):
@@ -199,33 +220,54 @@ def sublayer(x, module, pre_norm, compute):
     return x + compute(norm(x, module)) if pre_norm else norm(x + compute(x), module)
 
 
-def layer(x, module, source_states, name):
+def layer(x, module, source_states, name, bias):
     """One layer over one sentence: x (T, dim); source_states (source, dim) for a decoder's layer."""
 
-    def attend(attention_module, queries_from, states, causal):
+    def attend(attention_module, queries_from, states, causal, bias):
         parts = (attention_module.q_proj, attention_module.k_proj, attention_module.v_proj)
         inputs = (queries_from, states, states)
         qkv = (product(*pair) for pair in zip(inputs, parts, strict=True))
-        return product(attention(*qkv, attention_module.num_heads, causal), attention_module.out_proj)
+        heads, scale = attention_module.num_heads, getattr(attention_module, "scaling", 1.0)
+        if bias is None:
+            bias = np.zeros((heads, len(queries_from), len(states)))
+        return product(attention(*qkv, heads, causal, scale, bias), attention_module.out_proj)
 
-    pre, decodes = module.normalize_before, source_states is not None
-    x = sublayer(x, module.self_attn_layer_norm, pre, lambda y: attend(module.self_attn, y, y, causal=decodes))
+    def feed_forward(y):
+        inner, factor = activation(product(y, module.fc1), name), getattr(module, "fc1_linear", None)
+        return product(inner if factor is None else inner * product(y, factor), module.fc2)
+
+    pre, decodes = getattr(module, "normalize_before", True), source_states is not None
+    x = sublayer(x, module.self_attn_layer_norm, pre, lambda y: attend(module.self_attn, y, y, decodes, bias))
     if decodes:
         cross = module.encoder_attn
-        x = sublayer(x, module.encoder_attn_layer_norm, pre, lambda y: attend(cross, y, source_states, False))
-    return sublayer(
-        x, module.final_layer_norm, pre, lambda y: product(activation(product(y, module.fc1), name), module.fc2)
-    )
+        x = sublayer(x, module.encoder_attn_layer_norm, pre, lambda y: attend(cross, y, source_states, False, None))
+    return sublayer(x, module.final_layer_norm, pre, feed_forward)
 
 
 def stack(module, tokens, source_states, name):
-    """Embeddings and layers of an encoder or a decoder with learned positions: (T,) to (T, dim)."""
-    first = module.padding_idx + 1
-    x = module.embed_scale * numbers(module.embed_tokens.weight)[tokens]
-    x = norm(x + numbers(module.embed_positions.weight)[first : first + len(tokens)], module.layernorm_embedding)
+    """Embeddings and layers of an encoder or a decoder of T5 or with learned positions: (T,) to (T, dim)."""
+    table, bias = numbers(module.embed_tokens.weight), None
+    if hasattr(module, "relative_attention_bias"):
+        start = [] if source_states is None else [symbols().bos()]  # T5 starts every text with the same symbol
+        x = table[start + tokens[len(start) :]]
+        bias = position_bias(module.relative_attention_bias, len(tokens), len(tokens))
+    else:
+        first = module.padding_idx + 1
+        x = module.embed_scale * table[tokens] + numbers(module.embed_positions.weight)[first : first + len(tokens)]
+        x = norm(x, module.layernorm_embedding)
     for one in module.layers:
-        x = layer(x, one, source_states, name)
+        x = layer(x, one, source_states, name, bias)
     return norm(x, module.layer_norm)
+
+
+def vocabulary(x, decoder):
+    """Logits. T5's padding lies in the row of the start symbol, whose own is one that T5 lacks."""
+    if not hasattr(decoder, "output_scale"):
+        return product(x, decoder.output_projection)
+    logits = product(x * decoder.output_scale, decoder.output_projection)
+    logits[:, symbols().pad()] = logits[:, symbols().bos()]
+    logits[:, decoder.missing_rows] = decoder.missing_logit
+    return logits
 
 
 WIDE = {
@@ -261,12 +303,14 @@ def instructions(request, tmp_path_factory):
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
-    "options", [{**WIDE, **PRE_NORM, "activation_fn": "gelu"}, WIDE], ids=["pre-norm, gelu", "post-norm, relu"]
+    "options",
+    [{**WIDE, **PRE_NORM, "activation_fn": "gelu"}, WIDE, T5, T5_GATED],
+    ids=["pre-norm, gelu", "post-norm, relu", "T5", "T5, gated"],
 )
 def test_kernels_compute_what_numpy_does(options, precision):
     """Widths that fill no vector, numbers of rows that fill no block, for every instruction set and precision."""
     made = model(5, **options)
-    name = options.get("activation_fn", "relu")
+    name = options.get("activation_fn", options.get("feed_forward_proj", "relu"))
     engine, plain = NativeEngine(made, precision), rounded_copy(made, precision)
     rng = random.Random(1)
     compared = []
@@ -279,7 +323,7 @@ def test_kernels_compute_what_numpy_does(options, precision):
         parts = (kind.split([len(text) for text in texts]) for kind in (logits, normalizers))
         for one, text, *found in zip(sources, texts, *parts, strict=True):
             states = stack(plain.encoder, one, None, name)
-            wanted = product(stack(plain.decoder, text, states, name), plain.decoder.output_projection)
+            wanted = vocabulary(stack(plain.decoder, text, states, name), plain.decoder)
             compared.append((*(part.double() for part in found), torch.tensor(wanted)))
     if precision == "int8":
         # An input between two integers may go to either; the sentence is then off by about what int8 costs.
@@ -295,14 +339,14 @@ def test_kernels_compute_what_numpy_does(options, precision):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "options",
-    [{}, PRE_NORM, {"encoder_learned_pos": True, "layernorm_embedding": True}, {"arch": "bart_base"}],
-    ids=["post-norm", "pre-norm", "learned positions", "BART"],
+    [{}, PRE_NORM, {"encoder_learned_pos": True, "layernorm_embedding": True}, {"arch": "bart_base"}, T5, T5_GATED],
+    ids=["post-norm", "pre-norm", "learned positions", "BART", "T5", "T5, gated"],
 )
 def test_encoder(options):
     """Equals the stock encoder; a sentence's result is the same, to the last bit, alone and in a padded batch."""
     made = model(3, **options)
     encoder = NativeEncoder(made.encoder)
-    sources = [source(range(6)), source([2]), source(range(11))]
+    sources = [source(range(6)), source([2]), source([*range(20), *range(13)])]
     together, lengths = encoder(sample(sources)["net_input"])
     assert lengths == [len(one) for one in sources]
     for one, found in zip(sources, together.split(lengths), strict=True):
@@ -406,11 +450,21 @@ def test_a_rounded_copy_leaves_the_model_alone():
 # ---- Draft and verify in one call ------------------------------------------------------------------------------------
 
 
+FAMILIES = {
+    "Transformer": {**PRE_NORM, "arch": "transformer", "decoder_layers": 3, "max_target_positions": 1000},
+    "T5": {**T5_GATED, "num_decoder_layers": 3},
+}
+EXITS = {
+    "Transformer": {"arch": "early_exit_transformer", "exit_layers": "1", "exit_own_layers": 1},
+    "T5": {"arch": "early_exit_t5", "exit_layers": "1"},
+}
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
 @functools.cache
-def early_exit_engine(precision="float32"):
-    options = {"exit_layers": "1", "decoder_layers": 3, "exit_own_layers": 1, **PRE_NORM}
-    made = model(4, arch="early_exit_transformer", **options)
-    return NativeEngine(made, precision)
+def early_exit_engine(family, precision="float32"):
+    options = {**FAMILIES[family], **EXITS[family]}
+    return NativeEngine(model(4, **options), precision)
 
 
 ROWS = 3
@@ -441,11 +495,12 @@ def assert_equal(got, wanted):
 
 @needs_kernels
 @torch.no_grad()
-@settings(max_examples=60)
+@each_family
+@settings(max_examples=40)
 @given(ANY_CONSTRAINTS, TEXTS, st.sampled_from([1, 2, 7, math.inf]), st.sampled_from([0.0, 0.3, 0.6]), st.data())
-def test_one_call_does_what_the_general_reader_does(constraints, texts, limit, threshold, data):
+def test_one_call_does_what_the_general_reader_does(family, constraints, texts, limit, threshold, data):
     """Drafts, verdicts and what has been read, from any position, at and beyond the limits of length."""
-    engine, rows = early_exit_engine(), data.draw(st.permutations(range(ROWS)))[: data.draw(st.integers(1, ROWS))]
+    engine, rows = early_exit_engine(family), data.draw(st.permutations(range(ROWS)))[: data.draw(st.integers(1, ROWS))]
     tokens = [[symbols().eos(), *text] for text in texts]
     for layers, keep in (((0, 1), True), ((0, engine.depth), False)):
         readers = [
@@ -468,11 +523,12 @@ def test_one_call_does_what_the_general_reader_does(constraints, texts, limit, t
 
 @needs_kernels
 @torch.no_grad()
+@each_family
 @settings(max_examples=20)
 @given(ANY_CONSTRAINTS, TEXTS)
-def test_layers_above_an_exit_read_what_it_has_left(constraints, texts):
+def test_layers_above_an_exit_read_what_it_has_left(family, constraints, texts):
     """Verdicts of the upper layers, from hidden states, are those of the whole decoder."""
-    engine = early_exit_engine()
+    engine = early_exit_engine(family)
     tokens = [[symbols().eos(), *text] for text in texts]
     state = state_of(engine)
     below = engine.reader(state, (0, 1), constraints, keep=True)
@@ -504,14 +560,14 @@ def test_logits_that_are_not_numbers_end_a_draft_and_stay_in_their_row(broken_by
 
 
 @pytest.fixture
-def encode():
+def encode(request):
     """Encodes a batch by kernels that are loaded at the first call. Also says which threads were started for it."""
-    before, encoders = torch.get_num_threads(), []
+    before, encoders, family = torch.get_num_threads(), [], getattr(request, "param", "Transformer")
 
     @torch.no_grad()
     def run(threads):
         if not encoders:
-            encoders.append(NativeEncoder(model(3, **PRE_NORM).encoder))
+            encoders.append(NativeEncoder(model(3, **FAMILIES[family]).encoder))
         torch.set_num_threads(threads)  # which may start some
         net_input, others = sample([source(range(6)), source([2]), source(range(11))])["net_input"], running()
         return encoders[0](net_input)[0], running() - others
@@ -535,6 +591,7 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="threads have n
 
 
 @needs_kernels
+@pytest.mark.parametrize("encode", FAMILIES, indirect=True)
 def test_more_threads_than_cores(encode):
     """What comes out is what one thread computes, to the last bit."""
     wanted, _ = encode(1)
@@ -610,15 +667,16 @@ def decoded(large, small, sources, max_len):
 
 @needs_kernels
 @torch.no_grad()
+@each_family
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_threads_share_engines(precision):
+def test_threads_share_engines(precision, family):
     """Eight threads with batches of all sizes, which outgrow what was reserved, equal one after another."""
     rng = random.Random(3)
-    large = model(1, **PRE_NORM, max_target_positions=1000)
+    large = model(1, **FAMILIES[family])
     engines = NativeEngine(large, precision), NativeEngine(related(large, 0.1, 2), precision)
     cases = [
         (
-            *(engines if number % 3 else (early_exit_engine(precision), None)),
+            *(engines if number % 3 else (early_exit_engine(family, precision), None)),
             # 15 and 31 words and the end symbol fill the kernels' blocks.
             [source(rng.choices(range(20), k=rng.choice([0, 3, 8, 15, 31]))) for _ in range(rng.randint(1, 6))],
             rng.choice([5, 30, 300]) if number % 3 else 40,
