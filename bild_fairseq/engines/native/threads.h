@@ -30,7 +30,7 @@
 typedef void Work(const void *job, int64_t thread, int64_t piece);
 
 /* The pieces of a step that a thread begins with, so that it reads the same weights in every pass: they are in its
- * core's cache if the model is small. It takes them from the first on; who has none left takes others' from the last. */
+ * core's cache if the model is small. It takes them from the first on. Who has none left takes others' from the last. */
 typedef struct {
     _Alignas(64) uint64_t untaken; /* first in the low half, end in the high half */
 } Share;

@@ -17,10 +17,11 @@
 #include "threads.h"
 #include "vectors.h"
 
-#define AHEAD 8192 /* bytes of weights that are fetched in advance */
-#define BURST 8    /* inputs whose weights are fetched together */
-#define FEW 8      /* rows that the caller normalizes alone, which takes no longer than to share them out */
-#define CHUNK 2048 /* logits that each part of a normalizer is made from, a multiple of PANEL */
+#define WINDOW 16384 /* bytes of weights that are fetched in advance, */
+#define STREAMS 4    /* in so many places at a time */
+#define BURST 8      /* inputs whose weights are fetched together */
+#define FEW 8        /* rows that the caller normalizes alone, which takes no longer than to share them out */
+#define CHUNK 2048   /* logits that each part of a normalizer is made from, a multiple of PANEL */
 
 /* ---- The model --------------------------------------------------------------------------------------------------- */
 
@@ -174,9 +175,26 @@ static void for_rows(Crew *crew, int64_t rows, Work *work, const void *job) {
 /* ---- Products ---------------------------------------------------------------------------------------------------- */
 
 /* With few rows several panels are computed side by side: each addition to a sum waits for the one before, so other
- * sums must be under way. */
-#define SUMS (2 * ROWS > 8 ? 2 * ROWS : 8)
+ * sums must be under way, and memory is read faster in several places at once. */
+#define SUMS (2 * (ROWS > MOST_PANELS ? ROWS : MOST_PANELS))
 typedef vec Sums[SUMS]; /* (panels, rows, 2) */
+
+/* Fetches weights that follow later, as many bytes as are multiplied now: those from `offset` on of some panels, which
+ * lie side by side, `size` bytes each.
+ *
+ * One core reads memory at its full speed only in several places at once, as its prefetcher starts anew in each page.
+ * So panels are read in windows. While one window is multiplied, the next one is fetched in STREAMS places, whether it
+ * belongs to one panel or to several. At a panel's end the next one is not its neighbour, if that is read already. */
+static inline __attribute__((always_inline)) void fetch(const char *panel, int panels, int64_t size, int64_t offset,
+                                                        int64_t bytes) {
+    int64_t streams = STREAMS > panels ? STREAMS / panels : 1, window = WINDOW / panels, inside = offset % window;
+    for (int64_t s = 0; s < streams; s++) {
+        int64_t at = offset - inside + window + s * (window / streams) + inside / streams;
+        if (at >= size) at += (panels - 1) * size;
+        for (int q = 0; q < panels; q++)
+            for (int64_t line = 0; line < bytes / streams; line += 64) __builtin_prefetch(panel + q * size + at + line);
+    }
+}
 
 /* sums[(q rows + r) 2 ..] = sum_i x[r][i] * weight[q distance + i stride ..], for one panel q or several. */
 static inline __attribute__((always_inline)) void multiply_rows(int panels, int rows, int type, const float *x,
@@ -186,13 +204,10 @@ static inline __attribute__((always_inline)) void multiply_rows(int panels, int 
     for (int j = 0; j < panels * rows * 2; j++) s[j] = (vec){0};
     for (int64_t i = 0; i < in;) {
         if (rows > 1) /* with one row memory is busy anyway, and the processor's own guesses do better */
-            for (int q = 0; q < panels; q++) {
-                const char *ahead = (const char *)weight + (q * distance + i * stride) * weight_size(type) + AHEAD;
-                for (int line = 0; line < BURST * PANEL * weight_size(type); line += 64)
-                    __builtin_prefetch(ahead + line);
-            }
+            fetch(weight, panels, distance * weight_size(type), i * stride * weight_size(type),
+                  BURST * PANEL * weight_size(type));
         for (int64_t end = i + BURST < in ? i + BURST : in; i < end; i++) {
-            vec low[4], high[4];
+            vec low[MOST_PANELS], high[MOST_PANELS];
             for (int q = 0; q < panels; q++) {
                 int64_t at = q * distance + i * stride;
                 low[q] = load(type, weight, at), high[q] = load(type, weight, at + LANES);
@@ -220,11 +235,9 @@ static inline __attribute__((always_inline)) void multiply_integers(int panels, 
         for (int r = 0; r < rows; r++)
             s[(q * rows + r) * 2] = s[(q * rows + r) * 2 + 1] = first_sum(x->sums[r0 + r]);
     for (int64_t at = 0; at < size; at += 4 * PANEL) {
-        if (rows > 1)
-            for (int q = 0; q < panels; q++)
-                for (int line = 0; line < 4 * PANEL; line += 64)
-                    __builtin_prefetch(weight + q * size + at + AHEAD + line);
-        ivec low[4], high[4];
+        if (rows > 1 && at % (4 * BURST * PANEL) == 0)
+            fetch((const char *)weight, panels, size, at, 4 * BURST * PANEL);
+        ivec low[MOST_PANELS], high[MOST_PANELS];
         for (int q = 0; q < panels; q++) {
             low[q] = load_quads(weight + q * size + at);
             high[q] = load_quads(weight + q * size + at + 4 * LANES);
@@ -243,13 +256,21 @@ static inline __attribute__((always_inline)) void multiply_integers(int panels, 
 }
 
 /* How many panels are computed side by side. */
-static inline int64_t panels_together(int64_t rows) { return rows == 1 ? 4 : rows <= PAIRED_ROWS ? 2 : 1; }
+static inline int64_t panels_together(int64_t rows) { return rows == 1 ? MOST_PANELS : rows <= PAIRED_ROWS ? 2 : 1; }
+
+/* How many of the rows that are left are computed side by side: as many as fit, but the last ones are not too few for a
+ * single panel, as each addition to a sum waits for the one before. */
+static inline int64_t rows_together(int64_t left) {
+    const int64_t fewest = 4;
+    return left <= ROWS ? left : left < ROWS + fewest ? left - fewest : ROWS;
+}
 
 /* Calls FUNCTION(panels, rows, ...): constant numbers keep the sums in registers. */
 #define CASE(PANELS, N, FUNCTION, ...) \
     case PANELS * 16 + N: FUNCTION(PANELS, N, __VA_ARGS__); break;
 #if PAIRED_ROWS > 2
-#define MORE_PAIRS(...) CASE(2, 3, __VA_ARGS__) CASE(2, 4, __VA_ARGS__) CASE(2, 5, __VA_ARGS__)
+#define MORE_PAIRS(...) \
+    CASE(8, 1, __VA_ARGS__) CASE(2, 3, __VA_ARGS__) CASE(2, 4, __VA_ARGS__) CASE(2, 5, __VA_ARGS__)
 #else
 #define MORE_PAIRS(...)
 #endif
@@ -329,8 +350,8 @@ static void convert_row(const void *job, int64_t thread, int64_t r) {
 static void compute_panels(const Product *o, int64_t p, int64_t count) {
     const Linear *l = o->linear;
     const char *weight = (const char *)l->weight + p * panel_bytes(l);
-    for (int64_t r0 = 0; r0 < o->rows; r0 += ROWS) {
-        int64_t n = o->rows - r0 < ROWS ? o->rows - r0 : ROWS;
+    for (int64_t r0 = 0, n; r0 < o->rows; r0 += n) {
+        n = rows_together(o->rows - r0);
         Sums sums;
         multiply(l, count, n, o->x, &o->integers, r0, weight, sums);
         for (int64_t q = 0; q < count; q++)
@@ -561,7 +582,7 @@ static void run_layer(const Context *c, int64_t index) {
 
 /* ---- One pass ---------------------------------------------------------------------------------------------------- */
 
-/* Writes to x what the lowest layer reads of a sentence: embeddings, or hidden states that the layers below have left. */
+/* Writes to x what the lowest layer reads of a sentence: embeddings, or the hidden states of the layers below. */
 static void embed(const void *job, int64_t thread, int64_t sentence) {
     const Context *c = job;
     const Stack *stack = c->stack;

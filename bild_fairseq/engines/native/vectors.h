@@ -16,14 +16,17 @@
 #define LANES 16
 #define ROWS 12        /* rows that share a weight in registers */
 #define PAIRED_ROWS 5  /* with this many rows or fewer, the sums of two panels fit in registers */
+#define MOST_PANELS 8  /* with one row, the sums of so many panels */
 #elif defined(__AVX2__)
 #define LANES 8
 #define ROWS 6
 #define PAIRED_ROWS 2
+#define MOST_PANELS 4
 #else
 #define LANES 4
 #define ROWS 6
 #define PAIRED_ROWS 2
+#define MOST_PANELS 4
 #endif
 #if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
 #define UNSIGNED_BY_SIGNED /* an instruction multiplies unsigned bytes by signed ones */
@@ -42,20 +45,28 @@ enum { FLOAT32, FLOAT16, BFLOAT16, INT8 };
 
 static inline int64_t weight_size(int64_t type) { return type == FLOAT32 ? 4 : type == INT8 ? 1 : 2; }
 
+/* LANES unsigned integers of two bytes; compilers make more than one instruction of the last line. */
+static inline __attribute__((always_inline)) uvec widen(const uint16_t *from) {
+#if defined(__AVX512F__)
+    return (uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i_u *)from));
+#elif defined(__AVX2__)
+    return (uvec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i_u *)from));
+#else
+    return __builtin_convertvector(*(const halves *)from, uvec);
+#endif
+}
+
 /* LANES weights, from the given one on, as floats; not for INT8. */
 static inline __attribute__((always_inline)) vec load(int type, const void *weight, int64_t offset) {
     if (type == FLOAT32) return *(const vec *)((const float *)weight + offset);
-    if (type == BFLOAT16) {
-        halves h = *(const halves *)((const uint16_t *)weight + offset);
-        return (vec)(__builtin_convertvector(h, uvec) << 16);
-    }
     const uint16_t *w = (const uint16_t *)weight + offset;
+    if (type == BFLOAT16) return (vec)(widen(w) << 16);
 #if defined(__AVX512F__)
     return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i_u *)w));
 #elif defined(__AVX2__) && defined(__F16C__)
     return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i_u *)w));
 #else /* a finite half's exponent and mantissa, shifted to a float's, are 2^-112 times its value */
-    uvec h = __builtin_convertvector(*(const halves *)w, uvec);
+    uvec h = widen(w);
     vec size = (vec)((h & 0x7fff) << 13) * 0x1p112f;
     return (vec)((uvec)size | (h & 0x8000) << 16);
 #endif
