@@ -308,7 +308,7 @@ def instructions(request, tmp_path_factory):
     ids=["pre-norm, gelu", "post-norm, relu", "T5", "T5, gated"],
 )
 def test_kernels_compute_what_numpy_does(options, precision):
-    """Widths that fill no vector, one row, numbers of rows that fill no block, for every instruction set and precision."""
+    """Widths that fill no vector, one row, rows that fill no block, for every instruction set and precision."""
     made = model(5, **options)
     name = options.get("activation_fn", options.get("feed_forward_proj", "relu"))
     engine, plain = NativeEngine(made, precision), rounded_copy(made, precision)
