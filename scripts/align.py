@@ -29,7 +29,6 @@ from bild_fairseq.experiments.arguments import (
     search_options,
 )
 from bild_fairseq.experiments.commandline import quiet, run
-from bild_fairseq.experiments.processes import interrupted_by_signals
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -139,8 +138,7 @@ def say(line: str) -> None:
 def main() -> None:
     quiet()
     options = parse_options(sys.argv[1:])
-    with interrupted_by_signals():
-        report = Alignment(options, say=say).run()
+    report = Alignment(options, say=say).run()
     print(table(report))
     say(f"written: {options.out}, {options.report}")
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from bild_fairseq.decoding.policies import Policy
 from bild_fairseq.errors import BildError
 from bild_fairseq.experiments import arguments, calibrate
 from bild_fairseq.experiments.commandline import quiet, run
@@ -23,6 +25,7 @@ from bild_fairseq.experiments.data import check_sources, device_name, load
 from bild_fairseq.experiments.files import try_file
 from bild_fairseq.experiments.pairs import load_pairs
 from bild_fairseq.experiments.settings import policy_flags, policy_of
+from bild_fairseq.experiments.work_folder import locked_file
 from bild_fairseq.plugin.files import write_text
 
 
@@ -72,6 +75,12 @@ def main() -> None:
     check(args)
     settings = calibrate.policies(args)
     quiet()
+    with locked_file(args.record, "--record"):
+        search(args, settings, started)
+
+
+def search(args: argparse.Namespace, settings: Sequence[Policy], started: float) -> None:
+    """Finds the fastest setting, and prints it."""
     torch.set_num_threads(args.threads)
     task = load(args)
     pair, *more = load_pairs(task, args).values()

@@ -9,10 +9,12 @@ measures only what is missing. scripts/plot.py draws the results.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from bild_fairseq.decoding.policies import Policy
 from bild_fairseq.experiments import sweep
 from bild_fairseq.experiments.arguments import (
     add_data_arguments,
@@ -30,6 +32,7 @@ from bild_fairseq.experiments.origin import origin_of
 from bild_fairseq.experiments.pairs import load_pairs
 from bild_fairseq.experiments.progress import progress_bar
 from bild_fairseq.experiments.scoring import Scorer
+from bild_fairseq.experiments.work_folder import locked
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,6 +55,12 @@ def main() -> None:
     check_positive(args, "batch_size", "turn")
     try_folder("--out", args.out)
     quiet()
+    with locked(Path(args.out), "--out"):
+        measure(args, grid)
+
+
+def measure(args: argparse.Namespace, grid: Sequence[tuple[str, Policy]]) -> None:
+    """Measures the settings that are not in the results yet."""
     torch.set_num_threads(args.threads)
     task = load(args)
     pairs = load_pairs(task, args)

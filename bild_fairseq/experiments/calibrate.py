@@ -126,6 +126,12 @@ class Calibration:
         certainly lose too much, are not looked at on the others; nor are settings looser than one that loses too much.
         On all sentences the fastest of those left are walked until enough of them have passed.
         """
+        try:
+            return self._shortlist(costs)
+        finally:  # interrupted or not, what has been recorded is kept
+            self._record.save(at_once=True)
+
+    def _shortlist(self, costs: CostModel) -> list[Policy]:
         with progress_bar(len(self.ids), "sentence", desc="greedy decoding") as bar:
             self.recorder.record_greedy(bar.update)
         greedy = self._greedy_statistics()
@@ -137,7 +143,6 @@ class Calibration:
         # Estimates on few sentences are rough, so a setting must be clearly slower to be left out.
         active = sorted((s for s in hopeful if milliseconds[s] <= SLACK * sure), key=milliseconds.__getitem__)
         passing = self._passing(active, milliseconds, len(first), greedy, costs)
-        self._record.save(at_once=True)
         return [self._settings[s] for s in passing]
 
     def _greedy_statistics(self) -> np.ndarray:

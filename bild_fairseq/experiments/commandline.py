@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 
 from ..errors import BildError
+from .processes import interrupted_by_signals
 
 
 def run(name: str, main: Callable[[], None], interrupted: str = "interrupted") -> None:
@@ -16,10 +17,11 @@ def run(name: str, main: Callable[[], None], interrupted: str = "interrupted") -
     Args:
         name: of the script, first word of that line.
         main: reads the command line and does the work.
-        interrupted: what Ctrl-C leaves behind.
+        interrupted: what an interruption leaves behind: Ctrl-C, or the signals TERM and HUP.
     """
     try:
-        main()
+        with interrupted_by_signals():
+            main()
     except BildError as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import BildError
-from ..plugin.files import write_text
+from ..plugin.files import cause, write_text
 
 
 def begin(folder: Path, settings: dict[str, Any]) -> None:
@@ -40,16 +41,58 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
         flag: that names it, for the message.
 
     Raises:
+        BildError: another run has it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise BildError(f"{flag} {folder}: cannot write there: {cause(error)}") from error
+    with _held(descriptor, f"{flag} {folder}"):
+        yield
+
+
+@contextmanager
+def locked_file(path: str | os.PathLike | None, flag: str) -> Iterator[None]:
+    """Keeps a file for one run at a time, as :func:`locked` keeps a folder.
+
+    The file itself is replaced whenever it is written, so another one beside it is locked, and removed at the end.
+
+    Args:
+        path: None if the flag was not given; a device or a pipe is nobody's.
+        flag: that names it, for the message.
+
+    Raises:
         BildError: another run has it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    if path is None or (os.path.exists(path) and not os.path.isfile(path)):
+        yield
+        return
+    lock = Path(f"{os.path.realpath(path)}.lock")
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise BildError(f"{flag} {path}: cannot write there: {cause(error)}") from error
+    with _held(descriptor, f"{flag} {path}"):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(descriptor: int, what: str) -> Iterator[None]:
+    """Locks an open file or folder, and closes it at the end."""
+    busy = f"{what}: another run is at work there; wait for its end, or give another name"
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise BildError(
-                f"{flag} {folder}: another run is at work there; wait for its end, or name another folder"
-            ) from error
+            raise BildError(busy) from error
         except OSError:
             pass  # a file system without locks
+        if not os.fstat(descriptor).st_nlink:  # removed by a run that has just ended
+            raise BildError(busy)
         yield
+    finally:
+        os.close(descriptor)

@@ -130,6 +130,22 @@ def test_goes_on_from_its_record(corpus, run, monkeypatch, tmp_path):
         run(*(corpus.small_halfway if word == corpus.small else word for word in words))
 
 
+def test_an_interruption_keeps_what_is_recorded(corpus, run, monkeypatch, tmp_path):
+    """In the middle of recording; another run meanwhile is refused."""
+    record, words = tmp_path / "record.json", arguments(corpus, "--record", tmp_path / "record.json")
+
+    def interrupted(*_: Any) -> None:
+        with pytest.raises(BildError, match="record.json: another run is at work there"):
+            run(*words)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recorder, "extend", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(*words)
+    assert len(json.loads(record.read_text())["predictions"]) == 16
+    assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -8,8 +8,9 @@ import time
 import pytest
 
 from bild_fairseq.errors import BildError
+from bild_fairseq.experiments import commandline
 from bild_fairseq.experiments.processes import end_with, interrupted_by_signals, run_program
-from bild_fairseq.experiments.work_folder import begin, locked
+from bild_fairseq.experiments.work_folder import begin, locked, locked_file
 
 
 def test_lines_and_status_of_a_program_come_back():
@@ -91,6 +92,49 @@ def test_a_folder_is_one_runs_at_a_time(tmp_path):
             pass
     with locked(folder, "--work"):
         pass
+
+
+def test_a_file_is_one_runs_at_a_time(tmp_path):
+    """Nothing is left beside it; without a file there is nothing to wait for."""
+    path = tmp_path / "record.json"
+    with locked_file(path, "--record"):
+        path.write_text("replaced while it is locked")
+        with pytest.raises(BildError, match="--record .*record.json: another run"), locked_file(path, "--record"):
+            pass
+        with locked_file(tmp_path / "other.json", "--record"), locked_file(None, "--record"):
+            pass
+    with locked_file(path, "--record"), locked_file("/dev/null", "--record"):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    """Killed, it leaves a file behind that stops nobody."""
+    child = os.fork()
+    if not child:
+        with locked_file(tmp_path / "record.json", "--record"), locked(tmp_path / "work", "--work"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (tmp_path / "record.json.lock").exists()
+    with locked_file(tmp_path / "record.json", "--record"), locked(tmp_path / "work", "--work"):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_script_with_one_line(number):
+    """And what it has open is closed in order."""
+    closed = []
+
+    def main():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            closed.append(True)
+
+    with pytest.raises(SystemExit) as ended:
+        commandline.run("name", main, "interrupted; nothing is lost")
+    assert ended.value.code == "name: interrupted; nothing is lost" and closed
 
 
 def test_a_step_goes_on_with_the_same_settings_only(tmp_path):

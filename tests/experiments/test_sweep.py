@@ -14,6 +14,7 @@ from bild_fairseq.decoding.policies import Policy
 from bild_fairseq.experiments.data import load_subset, make_batches, make_task
 from bild_fairseq.experiments.scoring import ScoreOptions, Scorer
 from bild_fairseq.experiments.sweep import Results, measure_all, settings_of
+from bild_fairseq.experiments.work_folder import locked
 from bild_fairseq.plugin.generator import SearchOptions
 from bild_fairseq.plugin.pair import Pair
 
@@ -164,6 +165,12 @@ def test_other_data_or_models_are_noticed(corpus, tmp_path):
 def test_bad_input_gets_one_line(corpus, tmp_path, more, message):
     more = [f"exit={corpus.large}" if item == "LARGE" else item for item in more]
     assert message in refused(corpus, "sweep", *arguments(corpus, tmp_path / "sweep", *more))
+
+
+def test_a_folder_of_another_run(corpus, tmp_path):
+    with locked(tmp_path, "--out"):
+        assert "another run is at work there" in refused(corpus, "sweep", *arguments(corpus, tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_results_of_something_else_are_left_alone(corpus, tmp_path):
