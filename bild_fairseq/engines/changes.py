@@ -1,9 +1,11 @@
-"""Whether a model's weights have changed since: a look that takes microseconds, and sums of all numbers."""
+"""Whether a model's weights have changed since: a look that takes microseconds, and sums of all numbers.
+
+A batch costs a look, a new generator the sums: some 65 ms of one core for 150 M weights in float32.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 Sums = tuple[tuple[str, str, torch.dtype, int], ...]
 
 _steps = 0
-_summed: WeakKeyDictionary[nn.Module, tuple[list[Hashable], Sums]] = WeakKeyDictionary()
 
 
 def _count_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
@@ -43,14 +44,9 @@ def traces(model: nn.Module) -> list[Hashable]:
 
 
 def sums(model: nn.Module) -> Sums:
-    """Name, device, precision and the sum of the bits of every weight; summed only if :func:`traces` changed."""
-    seen = traces(model)
-    before, known = _summed.get(model, (None, ()))
-    if before != seen:
-        weights = model.state_dict().items()
-        known = tuple((name, str(value.device), value.dtype, _sum_of_bits(value)) for name, value in weights)
-        _summed[model] = seen, known
-    return known
+    """Name, device, precision and the sum of the bits of every weight."""
+    weights = model.state_dict().items()
+    return tuple((name, str(value.device), value.dtype, _sum_of_bits(value)) for name, value in weights)
 
 
 def _sum_of_bits(value: Tensor) -> int:

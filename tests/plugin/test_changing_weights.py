@@ -79,6 +79,17 @@ def test_text_is_that_of_a_new_generator(kind, change):
         assert any(len(a) != len(b) or not torch.allclose(a, b) for a, b in zip(before, after, strict=True))
 
 
+def test_a_new_generator_has_the_weights_of_now():
+    """However they were written: torch counts no change through ``.data``, and no optimizer has made a step."""
+    model = support.model(1)
+    generator_of("greedy", model)
+    model.decoder.output_projection.weight.data.neg_()
+    copied = copy.deepcopy(model).eval()
+    found, wanted = (generator_of("greedy", one).generate([], SAMPLE) for one in (model, copied))
+    for ours, theirs in zip(found, wanted, strict=True):
+        support.assert_same_hypothesis(ours[0], theirs[0])
+
+
 def test_weights_that_stay_are_laid_out_once(monkeypatch):
     """However many batches and generators there are; the engines are made of their weights once."""
     model = support.model(1)
