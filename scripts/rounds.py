@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes down, round by round, who wrote which token: drafted, accepted, rolled back, put by the large model.
 
-scripts/plot.py draws the file: the distribution of accepted lengths, and a page that shows every token.
+scripts/plot.py draws the file: the distribution of the accepted drafts a call, and a page that shows every token.
 """
 
 from __future__ import annotations

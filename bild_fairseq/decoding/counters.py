@@ -63,7 +63,7 @@ def summary(sentences: int, counters: Counters, model: str = "large model") -> s
     lines = [
         f"{sentences} sentences, {counters.tokens} tokens",
         f"{model}: {counters.large_calls} calls, "
-        f"mean accepted length {rates['mean_accepted_length']:.2f} tokens per call",
+        f"{rates['mean_accepted_length']:.2f} tokens per {model.removesuffix(' model')} call",
     ]
     if counters.small_calls:
         lines += [

@@ -1,6 +1,7 @@
 """How many drafted tokens a call of the large model accepts, for some settings of a file of rounds.
 
-These are the accepted drafts of a call; the tokens a call of other reports also count what the large model writes.
+These are the accepted drafts of a call; the tokens per large call of other reports also count what the large model
+writes.
 """
 
 from __future__ import annotations

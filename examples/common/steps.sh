@@ -323,7 +323,7 @@ step_evaluate() {
     done
 }
 
-# Quality against time from the sweep; accepted lengths, and who wrote which token, of some sentences.
+# Quality against time from the sweep; accepted drafts per call, and who wrote which token, of some sentences.
 step_figures() {
     local large_model rounds=$results/rounds.json
     large_model=$(need_model large train-large)

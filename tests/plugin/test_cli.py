@@ -117,7 +117,7 @@ def test_statistics_are_the_printed_summary_and_the_sum_of_the_sentences(corpus,
     assert printed == (
         f"{SENTENCES} sentences, {total['tokens']} tokens\n"
         f"large model: {total['large_calls']} calls, "
-        f"mean accepted length {total['tokens'] / total['large_calls']:.2f} tokens per call\n"
+        f"{total['tokens'] / total['large_calls']:.2f} tokens per large call\n"
         f"small model: {total['small_calls']} calls, {total['drafted']} tokens drafted: {total['accepted']} accepted, "
         f"{total['discarded']} discarded, {total['unverified']} never verified\n"
         f"acceptance rate {total['accepted'] / (total['accepted'] + total['discarded']):.1%}, "
