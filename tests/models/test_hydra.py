@@ -1,13 +1,17 @@
 """Early-exit architectures from Hydra's configurations, as fairseq-hydra-train reads them."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import support
 import torch
 from cli_support import USER_DIR
-from fairseq.models import build_model
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY, build_criterion
+from fairseq.models import ARCH_MODEL_REGISTRY, build_model
 from omegaconf import OmegaConf
+
+import bild_fairseq
 
 FLAT = {**support.SIZE, "decoder_layers": 3, "dropout": 0.0}
 GROUPS = {
@@ -29,6 +33,47 @@ def test_a_configuration_is_the_model_of_the_same_options(kind, arch, exits):
     assert made.decoder.exit_layers == [1, 2]
     found = {name: weight.shape for name, weight in made.state_dict().items()}
     assert found == {name: weight.shape for name, weight in wanted.state_dict().items()}
+
+
+# fairseq's own presets have other models behind them.
+OURS = sorted(
+    arch for arch, model in ARCH_MODEL_REGISTRY.items() if model.__module__.startswith(bild_fairseq.__name__ + ".")
+)
+TINY_T5 = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_heads": 2, "num_layers": 2, "num_decoder_layers": 3}
+
+
+def test_the_presets_are_all_there():
+    for arch in ("early_exit_transformer_vaswani_wmt_en_de_big", "early_exit_bart_large", "t5_small", "flan_t5_xl"):
+        assert arch in OURS
+    assert {"early_exit_mt5_small", "early_exit_transformer", "mt5_base"} < set(OURS)
+
+
+@pytest.mark.parametrize("arch", OURS)
+def test_every_preset_is_built_from_configurations(arch):
+    """Flat and nested, they are the model of the same options on the command line; its sizes are given, to be quick."""
+    t5 = "t5" in arch
+    flat = {**(TINY_T5 if t5 else FLAT), **({"exit_layers": "1"} if arch.startswith("early_exit") else {})}
+    kinds = {"flat": flat, "nested": flat if t5 else {**NESTED, "exit_layers": "1"}}
+    wanted = build_model(Namespace(arch=arch, **flat), support.task()).state_dict()
+    for kind, options in kinds.items():
+        config = OmegaConf.create({"_name": arch, **options})
+        OmegaConf.set_struct(config, True)
+        made = build_model(config, support.task()).state_dict()
+        found, expected = ({name: one.shape for name, one in weights.items()} for weights in (made, wanted))
+        assert found == expected, kind
+
+
+@pytest.mark.parametrize("defaults", [True, False], ids=["of the dataclass", "of what is given"])
+@pytest.mark.parametrize("name", ["early_exit_label_smoothed_cross_entropy", "word_distillation_cross_entropy"])
+def test_every_criterion_is_built_from_a_configuration(corpus, name, defaults):
+    given = {"_name": name, "sentence_avg": False}
+    given |= {"teacher_path": str(corpus.large)} if name.startswith("word") else {"label_smoothing": 0.1}
+    config = OmegaConf.create(given)
+    if defaults:
+        config = OmegaConf.merge(OmegaConf.structured(CRITERION_DATACLASS_REGISTRY[name]), config)
+    OmegaConf.set_struct(config, True)
+    made = build_criterion(config, corpus.task())
+    assert type(made) is CRITERION_REGISTRY[name]
 
 
 HYDRA = "from fairseq_cli.hydra_train import cli_main; cli_main()"

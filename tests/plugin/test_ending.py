@@ -7,8 +7,10 @@ import shlex
 import signal
 import stat
 import subprocess
+import sys
 import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -171,6 +173,27 @@ def test_output_that_cannot_be_written(corpus, tmp_path, program, redirection, s
     stats = json.loads((tmp_path / "stats.json").read_text())
     if redirection.startswith("> out"):
         assert (tmp_path / "out").read_text().count("\nH-") == stats["summary"]["sentences"]
+
+
+def test_threads_that_share_a_generator_are_all_counted(tmp_path):
+    """Each sentence has a record and a number of its own, and the sums are those of the records."""
+    made, batches, interval = generator(stats_path=str(tmp_path / "stats.json")), 40, sys.getswitchinterval()
+    sample = {"net_input": SAMPLE["net_input"]}
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _: made.generate([], sample), range(batches)))
+    finally:
+        sys.setswitchinterval(interval)
+    made.finish()
+    stats = json.loads((tmp_path / "stats.json").read_text())
+    count = 2 * (batches + 1)  # the generator has translated one batch before
+    assert stats["summary"]["sentences"] == count
+    assert sorted(record["id"] for record in stats["sentences"]) == list(range(count))
+    for name in ("tokens", "large_calls", "drafted", "fallbacks"):
+        assert stats["summary"][name] == sum(record[name] for record in stats["sentences"]), name
+    texts = [[hypotheses[0]["tokens"].tolist() for hypotheses in batch] for batch in found]
+    assert texts == [texts[0]] * batches
 
 
 def test_memory_does_not_grow_with_the_number_of_sentences():
