@@ -1,4 +1,4 @@
-"""Batches of a data set: every sentence is in one."""
+"""Batches of a data set: every sentence is in one, and no more is remembered than can be used again."""
 
 from __future__ import annotations
 
@@ -35,6 +35,23 @@ def complete(batch_by_size: Callable[..., Sequence[np.ndarray]]) -> Callable[...
         return batches
 
     return batches_of
+
+
+def forgetting(get_batch_iterator: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a task's ``get_batch_iterator`` so that only data sets that the task keeps are remembered.
+
+    fairseq remembers each data set that it has made batches of, in case it comes again in the next epoch. What
+    fairseq-interactive and the hub interface make of each input never comes again, and memory grows with the input.
+    """
+
+    @functools.wraps(get_batch_iterator)
+    def batch_iterator(self: Any, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        iterator = get_batch_iterator(self, dataset, *args, **kwargs)
+        if not any(kept is dataset for kept in self.datasets.values()):
+            self.dataset_to_epoch_iter.pop(dataset, None)
+        return iterator
+
+    return batch_iterator
 
 
 def _fixed_shapes(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -133,11 +133,6 @@ def _whole_model(path: str, how: Loading) -> dict | None:
     return None if how.shards > 1 and "fsdp_metadata" in state else state
 
 
-def file_of(path: str, suffix: str = "", shard: int = 0, shards: int = 1) -> str:
-    """The file that fairseq reads for a path: it may have a suffix, or be a shard of a model."""
-    return checkpoint_utils.get_maybe_sharded_checkpoint_filename(path, suffix, shard, shards)
-
-
 @dataclass(frozen=True)
 class Loading:
     """How fairseq is to read checkpoints.
@@ -153,8 +148,9 @@ class Loading:
     shards: int = 1
 
     def files(self, path: str) -> list[str]:
-        """The files that are read for a path."""
-        return [file_of(path, self.suffix, shard, self.shards) for shard in range(self.shards)]
+        """The files that fairseq reads for a path: its name may get a suffix, or a shard's number."""
+        name = checkpoint_utils.get_maybe_sharded_checkpoint_filename
+        return [name(path, self.suffix, shard, self.shards) for shard in range(self.shards)]
 
 
 def check_content(state: Any) -> None:

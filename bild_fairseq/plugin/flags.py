@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -229,19 +230,33 @@ def check(args: Any) -> None:
         if name not in _HONOURED and option(args, name) != default:
             raise BildError(f"{flag(name)} is not supported by --generator {generator}; leave it out")
     _check_ranges(args)
-    for path in small_paths(args):
-        for file in small_loading(args).files(path):
-            reason = unreadable(file)
-            if reason:
-                raise BildError(f"--bild-small-path {file}: {reason}")
-    draft_vocab = option(args, "bild_draft_vocab")
-    reason = None if draft_vocab is None else unreadable(draft_vocab)
-    if reason:
-        raise BildError(f"--bild-draft-vocab {draft_vocab}: {reason}")
+    read = {file: "--bild-small-path" for path in small_paths(args) for file in small_loading(args).files(path)}
+    if option(args, "bild_draft_vocab") is not None:
+        read[option(args, "bild_draft_vocab")] = "--bild-draft-vocab"
+    for file, named_by in read.items():
+        reason = unreadable(file)
+        if reason:
+            raise BildError(f"{named_by} {file}: {reason}")
     stats = option(args, "bild_stats")
     reason = None if stats is None else unwritable(stats)
     if reason:
         raise BildError(f"--bild-stats {stats}: {reason}")
+    check_stats(args, read)
+
+
+def check_stats(args: Any, files: Iterable[str | os.PathLike]) -> None:
+    """Refuses to write the statistics over a file that is read.
+
+    Args:
+        files: that are read; some may not be there.
+
+    Raises:
+        BildError: naming it.
+    """
+    stats = option(args, "bild_stats")
+    for file in files if stats is not None and os.path.exists(stats) else ():
+        if os.path.exists(file) and os.path.samefile(stats, file):
+            raise BildError(f"--bild-stats {stats}: it would be written over {file}, which is read; name another file")
 
 
 def _check_use(args: Any, generator: str) -> None:

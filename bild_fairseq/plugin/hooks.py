@@ -11,6 +11,7 @@ time. It relies on the following, and ``tests/plugin/test_plugin.py`` fails if f
 - ``Trainer`` is made of a configuration, a task, a model and a criterion before the first step;
 - ``distributed.utils.broadcast_object`` calls ``_broadcast_object_slow`` for all that is no tensor;
 - data sets call ``data_utils.batch_by_size`` by attribute;
+- ``FairseqTask.get_batch_iterator`` remembers data sets in ``dataset_to_epoch_iter``;
 - encoder layers with a fast path decide by their attribute ``can_use_fastpath`` whether to take it.
 """
 
@@ -18,10 +19,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import fairseq.dataclass.configs
@@ -40,10 +43,10 @@ from torch import Tensor, nn
 
 from ..errors import BildError
 from . import batches, training
-from .checkpoints import allow_fairseq_globals, completing, explaining_building, explaining_reading, file_of
+from .checkpoints import Loading, allow_fairseq_globals, completing, explaining_building, explaining_reading
 from .ending import one_line_errors, report_at_exit
 from .files import unreadable
-from .flags import BildGenerationConfig, check, check_overrides, like_the_large_model, option, policy
+from .flags import BildGenerationConfig, check, check_overrides, check_stats, like_the_large_model, option, policy
 from .generator import BildGenerator, SearchOptions
 from .pair import Pair
 
@@ -57,6 +60,7 @@ def install() -> None:
     allow_fairseq_globals()
     _install_loading()
     data_utils.batch_by_size = batches.complete(data_utils.batch_by_size)
+    FairseqTask.get_batch_iterator = batches.forgetting(FairseqTask.get_batch_iterator)
     _install_flags()
     _install_generators()
     Trainer.__init__ = training.checking(Trainer.__init__)
@@ -99,7 +103,8 @@ def _checked_parse(parse: Callable[..., Any]) -> Callable[..., Any]:
             like_the_large_model(namespace)
             check(namespace)
             if namespace.generator != "beam":
-                _check_large_paths(namespace)
+                large = _large_files(namespace)
+                check_stats(namespace, [*large, *_data_files(namespace)])
                 check_overrides("--model-overrides", namespace.model_overrides)
                 if sys.stdout is None and not namespace.results_path:
                     raise BildError("standard output is closed, so nothing can be printed; redirect it to a file")
@@ -117,18 +122,27 @@ def _parser_error(parser: argparse.ArgumentParser, error: Callable[[str], Any], 
     error(message)
 
 
-def _check_large_paths(namespace: argparse.Namespace) -> None:
+def _large_files(namespace: argparse.Namespace) -> list[str]:
+    """The files of the large model, each of which can be read."""
     if not namespace.path:
         raise BildError("--path is missing; name the large model's checkpoint")
     shards = namespace.checkpoint_shard_count
     if shards < 1:
         raise BildError(f"--checkpoint-shard-count {shards}: must be 1 or more")
-    for path in utils.split_paths(namespace.path):
-        for shard in range(shards):
-            file = file_of(path, namespace.checkpoint_suffix, shard, shards)
-            reason = unreadable(file)
-            if reason:
-                raise BildError(f"--path {file}: {reason}")
+    loading = Loading(suffix=namespace.checkpoint_suffix, shards=shards)
+    files = [file for path in utils.split_paths(namespace.path) for file in loading.files(path)]
+    for file in files:
+        reason = unreadable(file)
+        if reason:
+            raise BildError(f"--path {file}: {reason}")
+    return files
+
+
+def _data_files(namespace: argparse.Namespace) -> list[str | os.PathLike]:
+    """Dictionaries, binarized text, and the text to translate."""
+    folders = map(Path, utils.split_paths(getattr(namespace, "data", None) or ""))
+    patterns = itertools.product(folders, ("dict.*.txt", "*.bin", "*.idx"))
+    return [*(file for folder, pattern in patterns for file in folder.glob(pattern)), getattr(namespace, "input", "-")]
 
 
 def _reporting(build: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,9 +1,12 @@
 """No program loses a sentence: batches of a data set hold all of it, whatever fairseq does with the last one."""
 
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
+import torch
 from cli_support import SENTENCES, USER_DIR
 from fairseq.data import data_utils
 
@@ -29,6 +32,25 @@ def test_every_index_is_in_one_batch(count, multiple, given):
     for batch in batches:
         assert len(batch) <= 20 and len(batch) * max(sizes[batch]) <= 200
     assert all(len(batch) < multiple or len(batch) % multiple == 0 for batch in batches[:-1])
+
+
+def test_only_data_sets_of_the_task_are_remembered(corpus):
+    """fairseq-interactive makes a data set of each lines that it reads."""
+    task = corpus.task(dataset_impl="mmap", required_seq_len_multiple=1)
+    task.load_dataset("test")
+
+    def batches(dataset):
+        return task.get_batch_iterator(dataset=dataset, max_sentences=8)
+
+    assert batches(task.dataset("test")) is batches(task.dataset("test"))
+    lines = [torch.tensor([4, 5, 2]), torch.tensor([6, 2])]
+    dataset = task.build_dataset_for_inference(lines, [len(line) for line in lines])
+    sample = next(batches(dataset).next_epoch_itr(shuffle=False))
+    assert sample["id"].tolist() == [0, 1]
+    seen = weakref.ref(dataset)
+    del dataset
+    gc.collect()
+    assert seen() is None
 
 
 def test_fixed_shapes_are_fairseq_s_own_affair():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 from argparse import Namespace
 
 import pytest
@@ -426,10 +427,36 @@ def test_program_with_a_bad_checkpoint(corpus, tmp_path, role, kind):
         ("--generator greedy --model-overrides dropout=0", "--model-overrides dropout=0"),
         ("--generator greedy --checkpoint-suffix=-shard7", "-shard7.pt: no such file"),
         ("--generator greedy --checkpoint-shard-count 2", "_part0.pt: no such file"),
+        ("--generator greedy --checkpoint-shard-count 0", "--checkpoint-shard-count 0"),
     ],
 )
 def test_program_with_bad_flags(corpus, flags, named):
     assert named in corpus.generate(*flags.split(), status=None).error()
+
+
+@pytest.mark.parametrize("which", ["large", "small", "dictionary", "text", "a link to the large one"])
+def test_statistics_over_a_file_that_is_read(corpus, tmp_path, which):
+    """Refused, and the file stays as it is."""
+    files = {"large": tmp_path / "large.pt", "small": tmp_path / "small.pt"}
+    files |= {"dictionary": tmp_path / "data" / "dict.x.txt", "text": tmp_path / "data" / "test.x-y.x.bin"}
+    shutil.copytree(corpus.data, tmp_path / "data")
+    for name in ("large", "small"):
+        shutil.copy(getattr(corpus, name), files[name])
+    copy = dataclasses.replace(corpus, data=tmp_path / "data", large=files["large"], small=files["small"])
+    path = files.get(which, tmp_path / "link")
+    if which not in files:
+        path.symlink_to(files["large"])
+    before = path.read_bytes()
+    message = copy.generate(*copy.bild("--bild-stats", path), status=None).error()
+    assert f"--bild-stats {path}" in message and "which is read" in message
+    assert path.read_bytes() == before
+
+
+def test_statistics_over_the_input(corpus, tmp_path):
+    lines = tmp_path / "lines"
+    lines.write_text("a b\n")
+    run = corpus.interactive(*corpus.bild("--bild-stats", lines, "--input", lines), status=None)
+    assert "which is read" in run.error() and lines.read_text() == "a b\n"
 
 
 def test_interactive_program(corpus, tmp_path):
