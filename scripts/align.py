@@ -42,8 +42,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("data", type=Path, help="binarized data (fairseq-preprocess)")
     add_language_arguments(parser)
     add("--large", type=Path, required=True, help="checkpoint of the large model")
-    add("--small", type=Path, required=True, help="checkpoint of the small model")
-    add("--out", type=Path, required=True, help="where the aligned small model is written")
+    add("--small", type=Path, help="checkpoint of the small model")
+    exit_help = "instead of --small: train exits of the large model after these layers, which stays as it is itself"
+    add("--early-exit", metavar="K[,K...]", help=f"{exit_help}; the lowest one is measured")
+    own_help = "with --early-exit: decoder layers that each exit has for itself, see README (default: 0)"
+    add("--exit-own-layers", type=int, default=Default.exit_own_layers, metavar="N", help=own_help)
+    add(
+        "--out", type=Path, required=True, help="where the aligned small model, or the model with its exits, is written"
+    )
     add("--half", action="store_true", help="write it in half precision")
     add("--work", type=Path, help="folder for all else (default: OUT with the suffix .work)")
     add("--report", type=Path, help="JSON file for the figures (default: OUT with the suffix .json)")

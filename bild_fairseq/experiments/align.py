@@ -18,12 +18,12 @@ import torch
 
 from ..decoding.policies import Policy
 from ..errors import BildError
-from ..plugin.checkpoints import load_large, load_small
 from ..plugin.files import write_text
 from ..plugin.light import write_light
 from ..plugin.pair import Pair
 from .align_options import AlignOptions
 from .align_report import WHEN, agreement, figures
+from .align_student import student
 from .align_training import Say, Train, Training, fairseq_train
 from .calibration_set import CalibrationSet, Limits, languages, task_like
 from .data import load_subset, make_batches, make_task
@@ -53,7 +53,8 @@ class Alignment:
         self.task = make_task(options.data, options.source_lang, options.target_lang, options.truncate_source)
         for subset in (options.subset, options.valid_subset):
             load_subset(self.task, subset)
-        self._limits = limits_of(self._pair(options.small))
+        self._student = student(options, self.task)
+        self._limits = limits_of(self._untrained())
         self._calibration = self._calibration_set("calibration", "the large model", self._load_large)
         self._on_policy_set = self._calibration_set("on-policy", "the pair", self._load_trained)
         self._training = self._new_training("training", self._calibration)
@@ -90,8 +91,8 @@ class Alignment:
         )
 
     def train(self) -> Path:
-        """Trains the small model on with the calibration set; returns the checkpoint."""
-        self._training.run(self.options.small)
+        """Trains what drafts with the calibration set; returns the checkpoint."""
+        self._training.run(self._student.start())
         return self._training.checkpoint
 
     def train_on_policy(self, trained: Path) -> Path:
@@ -115,7 +116,8 @@ class Alignment:
         """Agreement, rates and speed with the small model before and after; a report that is there is read back."""
         options = self.options
         names = ["sentences", "batch_size", "fallback", "rollback", "max_draft", "verify_end", "lossless_fallback"]
-        settings = {"large": digest(options.large), "small": digest(options.small), "aligned": digest(options.out)}
+        start = self._student.start()
+        settings = {"large": digest(options.large), "small": digest(start), "aligned": digest(options.out)}
         settings |= {name: getattr(options, name) for name in names}
         settings |= {name: getattr(options.score, name) for name in ("metric", "bpe", "reference")}
         settings |= {"cuda": options.cuda, "data": self._sources_digest(), "seed": options.seed}
@@ -133,13 +135,13 @@ class Alignment:
     def _compare(self) -> dict[str, Any]:
         """The small model before and after; see :func:`align_report.figures`."""
         options, task = self.options, self.task
-        before = self._pair(options.small)
-        after = Pair(before.large, load_small([str(options.out)], task, before.large[0]))
+        before, after = map(self._student.pair, (self._student.start(), options.out))
         pairs = dict(zip(WHEN, (before, after), strict=True))
         outputs = task_like(task, self._calibration.data)
         outputs.load_dataset("valid")
         agreements = {
-            name: agreement(pair.small[0], outputs.dataset("valid"), options.cuda) for name, pair in pairs.items()
+            name: agreement(self._student.drafter(pair), outputs.dataset("valid"), options.cuda)
+            for name, pair in pairs.items()
         }
         policies = {
             "bild": options.policy(),
@@ -156,17 +158,18 @@ class Alignment:
         measure([greedy, *systems.values()], batches, cuda=options.cuda, warmup=2)
         return figures(greedy, systems, agreements, self._scorer)
 
-    def _pair(self, small: Path) -> Pair:
-        """The large model with a small one, which may read fewer tokens: longer sources are left out."""
-        large = load_large([str(self.options.large)], self.task, cuda=self.options.cuda)
-        return Pair(large, load_small([str(small)], self.task, large[0]))
+    def _large(self) -> Pair:
+        return Pair.load(str(self.options.large), task=self.task, alone=True, cuda=self.options.cuda)
+
+    def _untrained(self) -> Pair:
+        """All models that there are before anything is made."""
+        return self._student.pair(self.options.small) if self.options.small else self._large()
 
     def _load_large(self) -> Run:
-        pair = Pair.load(str(self.options.large), task=self.task, alone=True, cuda=self.options.cuda)
-        return self._system("greedy", pair).run
+        return self._system("greedy", self._large()).run
 
     def _load_trained(self) -> Run:
-        return self._system("bild", self._pair(self._training.checkpoint), self.options.policy()).run
+        return self._system("bild", self._student.pair(self._training.checkpoint), self.options.policy()).run
 
     def _calibration_set(self, folder: str, writer: str, load_writer: Callable[[], Run]) -> CalibrationSet:
         path = self.options.work / folder
@@ -174,7 +177,7 @@ class Alignment:
 
     def _new_training(self, folder: str, calibration: CalibrationSet) -> Training:
         on_policy, path = calibration is self._on_policy_set, self.options.work / folder
-        return Training(self.options, self.task, path, calibration, on_policy, self._train, self._say)
+        return Training(self.options, self.task, self._student, path, calibration, on_policy, self._train, self._say)
 
     def _system(self, name: str, pair: Pair, policy: Policy | None = None) -> System:
         return ours(name, pair, self.task, self.options.search, policy)
@@ -199,11 +202,11 @@ class Alignment:
 
 def limits_of(pair: Pair) -> Limits:
     """What both models of a pair can read, and the small one can be trained on."""
-    (large,), (small,) = pair.large, pair.small
+    (large,) = pair.large
     return Limits(
-        min(model.max_positions()[0] for model in (large, small)),
+        min(model.max_positions()[0] for model in (large, *pair.small)),
         # A text of the large model's greatest length would leave no room for its end symbol.
-        min(large.max_positions()[1] - 1, small.max_positions()[1]),
+        min([large.max_positions()[1] - 1, *(model.max_positions()[1] for model in pair.small)]),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..decoding.policies import Policy
 from ..errors import BildError
+from ..models.exits import parse_exit_layers
 from ..plugin.generator import SearchOptions
 from .files import try_folder
 from .scoring import ScoreOptions
@@ -22,7 +23,10 @@ class AlignOptions:
         data: folder of binarized data.
         source_lang, target_lang: the direction; None for that of the data's files.
         large, small: checkpoints.
-        out: where the aligned small model is written, in half precision with ``half``.
+        early_exit: the large model's exits after these layers, ``"2"`` or ``"1,2"``, are trained; then there is no
+            ``small``.
+        exit_own_layers: decoder layers that each exit has for itself.
+        out: where the aligned model is written, in half precision with ``half``.
         work: folder for all else; None for ``out`` with the suffix ``.work``.
         report: JSON file for the figures; None for ``out`` with the suffix ``.json``.
         cuda: generate and measure on the GPU.
@@ -46,8 +50,10 @@ class AlignOptions:
 
     data: Path
     large: Path
-    small: Path
     out: Path
+    small: Path | None = None
+    early_exit: str | None = None
+    exit_own_layers: int = 0
     half: bool = False
     work: Path | None = None
     report: Path | None = None
@@ -87,11 +93,12 @@ class AlignOptions:
 
     def __post_init__(self) -> None:
         for name in ("large", "small"):
-            if not getattr(self, name).is_file():
+            if getattr(self, name) is not None and not getattr(self, name).is_file():
                 raise BildError(f"--{name} {getattr(self, name)}: no such file")
+        self._check_student()
         if not self.data.is_dir():
             raise BildError(f"{self.data}: no such folder; give what fairseq-preprocess wrote with --destdir")
-        if self.out.resolve() in (self.small.resolve(), self.large.resolve()):
+        if self.out.resolve() in [path.resolve() for path in (self.small, self.large) if path is not None]:
             raise BildError(f"--out {self.out}: is one of the models that are read; name another file")
         for name in ("distill", "fallback", "lossless_fallback"):
             if not 0 <= getattr(self, name) <= 1:
@@ -111,6 +118,18 @@ class AlignOptions:
         object.__setattr__(self, "report", self.report or self.out.with_suffix(".json"))
         if len({self.out.resolve(), self.work.resolve(), self.report.resolve()}) < 3:
             raise BildError(f"--out {self.out}: --work and --report must have other names: {self.work}, {self.report}")
+
+    def _check_student(self) -> None:
+        if (self.small is None) == (self.early_exit is None):
+            raise BildError("give --small, or --early-exit for exits of the large model")
+        if self.early_exit is not None:
+            parse_exit_layers(self.early_exit)
+        elif self.exit_own_layers:
+            raise BildError("--exit-own-layers are of exits: give --early-exit, too")
+        if self.exit_own_layers < 0:
+            raise BildError(f"--exit-own-layers {self.exit_own_layers}: give a number of layers, 0 for none")
+        if self.early_exit is not None and self.distill_top:
+            raise BildError("--distill-top is for a small model; an exit learns from the last layer in the same pass")
 
     def try_outputs(self) -> None:
         """Makes sure that all files can be written.

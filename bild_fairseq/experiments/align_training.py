@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 from fairseq.tasks import FairseqTask
 
 from ..errors import BildError
 from . import train_flags
 from .align_options import AlignOptions
+from .align_student import Student
 from .calibration_set import CalibrationSet, languages, task_like
 from .files import file_digest
 from .processes import run_program
@@ -39,11 +39,12 @@ def fairseq_train(flags: Sequence[str], say: Say) -> int:
 
 
 class Training:
-    """Trains the small model on; goes on from its last epoch, and does nothing once it is done.
+    """Trains what drafts; goes on from its last epoch, and does nothing once it is done.
 
     Args:
         options: of the alignment.
         task: of the data that the alignment began with.
+        student: what is trained.
         folder: for the checkpoints and the log.
         calibration: what to train with.
         on_policy: both models have written the calibration set: ``--on-policy`` has the number of epochs, the learning
@@ -59,6 +60,7 @@ class Training:
         self,
         options: AlignOptions,
         task: FairseqTask,
+        student: Student,
         folder: Path,
         calibration: CalibrationSet,
         on_policy: bool,
@@ -68,8 +70,8 @@ class Training:
         self.folder = folder
         self._options, self._task, self._calibration, self._on_policy = options, task, calibration, on_policy
         self._train, self._say = train, say
-        self._model = load_checkpoint_to_cpu(str(options.small))["cfg"]["model"]
-        self._flags(options.small)
+        self._student = student
+        self._flags(options.small or options.large)
 
     @property
     def checkpoint(self) -> Path:
@@ -84,7 +86,10 @@ class Training:
             BildError: the folder's content was made with other settings, or the training fails.
         """
         options = self._options
-        settings = {"--small": file_digest(start), "calibration set": self._calibration.digest()}
+        settings = {
+            "--small" if options.small else "--large": file_digest(start),
+            "calibration set": self._calibration.digest(),
+        }
         names = ["distill", "distill_top", "on_policy" if self._on_policy else "epochs", "lr", "max_tokens", "dropout"]
         settings |= options.flags(*names, "seed")
         begin(self.folder, settings | {"flags after --": " ".join(options.train_flags)})
@@ -118,25 +123,14 @@ class Training:
         epochs, lr = (options.on_policy, options.lr / 2) if self._on_policy else (options.epochs, options.lr)
         flags = [
             *(self._calibration.data, "--task", "translation", "-s", languages(self._task)[0]),
-            *("-t", languages(self._task)[1], *train_flags.model_flags(self._model)),
+            *("-t", languages(self._task)[1], *train_flags.model_flags(self._student.config)),
             *("--finetune-from-model", start, "--save-dir", self.folder, "--no-epoch-checkpoints"),
             *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--clip-norm", 1.0, "--lr", lr),
             *("--dropout", options.dropout, "--max-tokens", options.max_tokens, "--max-epoch", epochs),
             *("--seed", options.seed, "--required-batch-size-multiple", 1, "--log-format", "simple"),
-            # The target is the large model's own choice, so accuracy is agreement.
-            *("--best-checkpoint-metric", "accuracy", "--maximize-best-checkpoint-metric"),
-            *("--log-file", self.folder / "train.log", *self._criterion()),
+            *("--best-checkpoint-metric", self._student.greatest, "--maximize-best-checkpoint-metric"),
+            *("--log-file", self.folder / "train.log", *self._student.criterion(self._on_policy)),
         ]
         flags = [*map(str, flags), *["--cpu"] * options.cpu, *options.train_flags]
-        train_flags.check_model(train_flags.parse(flags), self._model)
+        train_flags.check_model(train_flags.parse(flags), self._student.config)
         return flags
-
-    def _criterion(self) -> list[object]:
-        options = self._options
-        if not options.distill and not self._on_policy:
-            return ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0, "--report-accuracy"]
-        return [
-            *("--criterion", "word_distillation_cross_entropy", "--teacher-path", options.large),
-            *("--teacher-weight", options.distill, "--teacher-top", options.distill_top),
-            *["--teacher-choice"] * self._on_policy,
-        ]

@@ -13,6 +13,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.tasks import FairseqTask
 
 from ..errors import BildError
+from ..models.early_exit import PREFIX
 
 # A model's options that are chosen anew for its training, or that its weights make pointless.
 NOT_TAKEN_OVER = {
@@ -36,7 +37,7 @@ def model_flags(config: argparse.Namespace) -> list[str]:
         BildError: not one of fairseq's Transformer or BART models.
     """
     arch = getattr(config, "arch", None)
-    if arch not in ARCH_MODEL_REGISTRY or not arch.startswith(("transformer", "bart")):
+    if arch not in ARCH_MODEL_REGISTRY or not arch.removeprefix(PREFIX).startswith(("transformer", "bart")):
         raise BildError(f"--small: its architecture is {arch}; it must be one of transformer* or bart*")
     parser = _model_parser(arch)
     flags: list[str] = []
@@ -47,8 +48,11 @@ def model_flags(config: argparse.Namespace) -> list[str]:
         wanted = getattr(config, action.dest, None)
         if wanted is None or wanted == getattr(built, action.dest, False if action.nargs == 0 else None):
             continue
-        if action.nargs != 0:
-            flags += [action.option_strings[0], str(wanted)]
+        if isinstance(action, argparse.BooleanOptionalAction):
+            flags.append(action.option_strings[0 if wanted else 1])
+        elif action.nargs != 0:
+            value = ",".join(map(str, wanted)) if isinstance(wanted, list) else str(wanted)
+            flags += [action.option_strings[0], value]
         elif wanted == action.const:
             flags.append(action.option_strings[0])
     return ["--arch", arch, *flags]

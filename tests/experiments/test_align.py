@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import reference
+import support
 import torch
 from cli_support import USER_DIR, Corpus
 from fairseq import checkpoint_utils
@@ -26,14 +27,17 @@ from script_support import refused, run_script
 from bild_fairseq.errors import BildError
 from bild_fairseq.experiments.align import Alignment
 from bild_fairseq.experiments.align_options import AlignOptions
+from bild_fairseq.experiments.align_student import exit_weights
 from bild_fairseq.experiments.align_training import Say, fairseq_train
 from bild_fairseq.experiments.scoring import ScoreOptions
 from bild_fairseq.experiments.work_folder import locked
+from bild_fairseq.models import exit_model
 from bild_fairseq.plugin.generator import SearchOptions
 
 SHORT = {"sample": 150, "part": 100, "valid_sample": 15, "epochs": 2, "lr": 0.005, "max_tokens": 300, "sentences": 6}
 # Long enough to learn something whatever the rounding of a machine's sums.
 LEARNS = {"epochs": 10, "distill": 0.5, "distill_top": 5, "half": True}
+EXITS = {"small": None, "early_exit": "1", "epochs": 20, "lr": 0.03, "fallback": 0.1, "rollback": 4.0}
 ON_POLICY = {"epochs": 10, "distill_top": 5, "fallback": 0.1, "rollback": 4.0}
 
 
@@ -198,6 +202,52 @@ def test_on_policy_training_goes_on_and_is_kept(on_policy):
         aligner(on_policy=3, **{**ON_POLICY, "rollback": 3.0})
 
 
+@pytest.fixture(scope="module")
+def exits(corpus, done, tmp_path_factory) -> tuple[Aligner, dict[str, Any]]:
+    """An alignment of an exit of the large model, and its report."""
+    aligner = Aligner(corpus, tmp_path_factory.mktemp("exits"))
+    aligner.work.mkdir()
+    shutil.copytree(done[0].work / "calibration", aligner.work / "calibration")
+    return aligner, aligner(**EXITS)
+
+
+def test_an_exit_learns_to_agree_and_the_model_stays_as_it_is(exits, corpus):
+    aligner, report = exits
+    assert report["agreement"]["after"] > report["agreement"]["before"] + 0.02
+    assert report["lossless"]["after"]["differ_from_greedy"] == 0
+    trained, large = (torch.load(path, weights_only=False)["model"] for path in (aligner.out, corpus.large))
+    assert {name for name in trained if name not in large and "exit_" not in name} == set()
+    assert all(torch.equal(trained[name], weight) for name, weight in large.items())
+    assert aligner(**EXITS) == report and aligner.said == []
+
+
+def test_exits_learn_what_they_write_together_with_the_model(exits, corpus):
+    """Its text is that of a plain BiLD decoder whose small model is the exit as a model of its own."""
+    aligner, _ = exits
+    report = aligner(**EXITS, on_policy=2)
+    assert aligner.trainings == 1 and report["lossless"]["after"]["differ_from_greedy"] == 0
+    task = corpus.task()
+    trained = aligner.work / "training" / "checkpoint_best.pt"
+    (large,), _ = checkpoint_utils.load_model_ensemble([str(trained)], task=task)
+    rules = reference.Rules(fallback_threshold=0.1, rollback_threshold=4.0, max_len=12)
+    small = exit_model(large.eval(), 1)
+    texts = [
+        (source, reference.bild([large], [small], source, task.target_dictionary, rules).tokens)
+        for source, _ in calibration_set(aligner, "train")
+    ]
+    assert calibration_set(aligner, "train", "on-policy") == [(s, text) for s, text in texts if len(text) <= 12]
+
+
+def test_exits_of_an_early_exit_model_are_kept_or_left_out():
+    """Heads of layers that are not named, and layers too many, are no part of the new model."""
+    options = {"exit_layers": "1,2", "exit_own_layers": 2, "decoder_layers": 3}
+    made = support.model(1, arch="early_exit_transformer", **options).state_dict()
+    kept = exit_weights(made, [2], 1)
+    exits = {name for name in kept if ".exit_" in name}
+    assert exits == {name for name in made if ".exit_own_layers.2.0." in name} != set()
+    assert {name for name in made if ".exit_" not in name} <= kept.keys()
+
+
 def test_done_is_done(done, corpus):
     """The same command starts nothing and measures nothing anew; the script prints the figures."""
     aligner, report = done
@@ -280,6 +330,12 @@ def test_sources_that_the_small_model_cannot_read_are_left_out(fresh, corpus, tm
         ({"data": Path("missing")}, "missing: no such folder"),
         ({"distill": 1.5}, "--distill 1.5: give a number from 0 to 1"),
         ({"sample": 0}, "--sample 0: give a number above 0"),
+        ({"small": None}, "give --small, or --early-exit for exits of the large model"),
+        ({"early_exit": "1"}, "give --small, or --early-exit for exits of the large model"),
+        ({"small": None, "early_exit": "2,1"}, "--exit-layers 2,1: give decoder layers"),
+        ({"small": None, "early_exit": "1", "distill_top": 4}, "--distill-top is for a small model"),
+        ({"exit_own_layers": 1}, "--exit-own-layers are of exits: give --early-exit, too"),
+        ({"small": None, "early_exit": "1", "exit_own_layers": -1}, "--exit-own-layers -1: give a number of layers"),
         ({"on_policy": -1}, "--on-policy -1: give a number of epochs"),
         ({"splice": -1}, "--splice -1: give a number of sources"),
         ({"subset": "nothing"}, "cannot load nothing"),
