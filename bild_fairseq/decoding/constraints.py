@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-# NumPy's on a CPU, torch's on other devices; what is done with them here reads the same for both.
+# NumPy's on a CPU, torch's on other devices: the operations used here are written the same way for both.
 Array = np.ndarray | Tensor
 
 
@@ -32,7 +32,7 @@ class Constraints:
 
     @property
     def depend_on_text(self) -> bool:
-        """Whether what is forbidden depends on more than the position."""
+        """Whether what is forbidden depends on more than the position and the forced prefix's length."""
         return bool(self.no_repeat_ngram_size) or self.exact_lengths is not None
 
     def prefix_length(self, row: int) -> int:

@@ -46,7 +46,7 @@ def decode(
         if rows:
             for row, verdicts in zip(rows, large.verify(tokens, rows), strict=True):
                 verify(sentences[row], verdicts, policy, eos)
-                # Neither model has read the large model's own token yet; all before it is settled.
+                # Neither model has read the large model's own token yet. What they have read before it stays.
                 for reader in (large, small) if small is not None else (large,):
                     reader.rollback(row, len(tokens[row]) - 1)
         drafting = small is not None
@@ -54,19 +54,19 @@ def decode(
 
 
 def draft(sentence: Sentence, predictions: Sequence[Prediction], policy: Policy, eos: int) -> None:
-    """The small model's turn: appends its tokens, unless the last one falls back."""
+    """The small model's turn: appends its tokens, up to one that falls back."""
     for token, lprob in predictions:
         sentence.counters.small_calls += 1
         if math.isnan(lprob):
-            sentence.give_up(eos, "the small model's logits are not numbers")
-        elif falls_back(lprob, policy.fallback_threshold):
+            return sentence.give_up(eos, "the small model's logits are not numbers")
+        if falls_back(lprob, policy.fallback_threshold):
             sentence.counters.fallbacks += 1
             sentence.fell_back = True
-        else:
-            sentence.append(token, lprob)
-            sentence.counters.drafted += 1
-            if token == eos and not policy.verify_end:
-                sentence.finish()
+            return
+        sentence.append(token, lprob)
+        sentence.counters.drafted += 1
+    if sentence.ends_in(eos) and not policy.verify_end:
+        sentence.finish()
 
 
 def verify(sentence: Sentence, verdicts: Sequence[Verdict], policy: Policy, eos: int) -> None:
@@ -77,7 +77,8 @@ def verify(sentence: Sentence, verdicts: Sequence[Verdict], policy: Policy, eos:
     """
     sentence.counters.large_calls += 1
     drafted = sentence.tokens[sentence.verified + 1 :]
-    large = None
+    added = None
+    # A position is the number of generated tokens before a token; the last verdict is on one that is not there yet.
     for position, verdict in enumerate(verdicts, start=len(sentence.tokens) - len(verdicts)):
         if math.isnan(verdict.lprob):
             return sentence.give_up(eos, "the large model's logits are not numbers")
@@ -92,11 +93,11 @@ def verify(sentence: Sentence, verdicts: Sequence[Verdict], policy: Policy, eos:
             sentence.counters.rollbacks += 1
             sentence.truncate(position)
         if not sentence.ends_in(eos):
-            large = verdict.token
-            sentence.append(large, verdict.lprob)
+            added = verdict.token
+            sentence.append(added, verdict.lprob)
         break
-    kept = sentence.generated - sentence.verified - (large is not None)
-    sentence.close_round(drafted, kept, large)
+    kept = sentence.generated - sentence.verified - (added is not None)
+    sentence.close_round(drafted, kept, added)
     if sentence.ends_in(eos):
         sentence.finish()
 

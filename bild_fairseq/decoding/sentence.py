@@ -26,7 +26,7 @@ class Sentence:
 
     tokens: list[int]  # the start symbol, then what has been generated
     scores: list[float]  # log-probability (nats) of each generated token under the model that scored it last
-    verified: int  # generated tokens that the large model has produced or accepted, or that were forced
+    verified: int  # how many generated tokens the large model has written or accepted, or were forced
     finished: bool = False
     failed: str | None = None  # what went wrong, if the sentence was given up
     counters: Counters = field(default_factory=Counters)
@@ -48,6 +48,7 @@ class Sentence:
         return len(self.tokens) > 1 and self.tokens[-1] == eos
 
     def append(self, token: int, score: float) -> None:
+        """Adds a token and its log-probability (nats)."""
         self.tokens.append(token)
         self.scores.append(score)
 
@@ -57,7 +58,13 @@ class Sentence:
         del self.scores[generated:]
 
     def close_round(self, drafted: list[int], accepted: int, large: int | None) -> None:
-        """Records what the large model made of a draft; what is left of the sentence is verified."""
+        """Records what the large model made of a draft. From now on all tokens of the sentence are verified.
+
+        Args:
+            drafted: the draft.
+            accepted: how many tokens of it stayed, from the first on.
+            large: the token that the large model put after them, if it put one.
+        """
         self.counters.accepted += accepted
         self.counters.discarded += len(drafted) - accepted
         self.rounds.append(Round(drafted, accepted, self.fell_back, True, large))
@@ -75,7 +82,12 @@ class Sentence:
         self.finished = True
 
     def give_up(self, eos: int, reason: str) -> None:
-        """Ends a sentence that cannot go on, keeping what it has; its score says that something is wrong."""
+        """Ends a sentence that cannot go on, keeping what it has; its score becomes -inf.
+
+        Args:
+            eos: the end symbol.
+            reason: what went wrong, for :attr:`failed`.
+        """
         if self.ends_in(eos):
             self.truncate(self.generated - 1)
         self.append(eos, -math.inf)
