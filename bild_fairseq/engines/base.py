@@ -49,6 +49,7 @@ class Engine(ABC):
     """One model, laid out for decoding.
 
     Attributes:
+        reader_kind: the class of its readers.
         depth: number of decoder layers.
         seconds: time spent in encoders and forward passes so far. What a generation takes beyond it is the cost of the
             decoding loop.
@@ -56,6 +57,7 @@ class Engine(ABC):
         cuts: the heads of :meth:`cut_head` that have been proved, by depth and types.
     """
 
+    reader_kind: type[EngineReader]
     depth: int
 
     def __init__(self) -> None:
@@ -97,7 +99,6 @@ class Engine(ABC):
             its number, for :attr:`Pass.cut`.
         """
 
-    @abstractmethod
     def reader(
         self,
         state: State,
@@ -108,6 +109,7 @@ class Engine(ABC):
         cut: int | None = None,
     ) -> EngineReader:
         """A reader over some of the layers; see :class:`~bild_fairseq.engines.readers.EngineReader`."""
+        return self.reader_kind(self, state, layers, constraints, below, keep, cut)
 
     def timed(self, function: Callable[..., Any], *args: Any) -> Any:
         """Calls a function and adds its time to :attr:`seconds`."""

@@ -55,10 +55,6 @@ _PROBABILITIES = ("get_normalized_probs", "get_normalized_probs_scriptable")
 _RETAINED_DROPOUT = "it drops units during inference (--retain-dropout)"
 
 
-class UnsupportedModel(ValueError):
-    """A model with an option that no engine implements; the message names it."""
-
-
 def unsupported_model(model: nn.Module) -> str | None:
     """Why no engine can run a model, naming the option; None if one can."""
     if not hasattr(model, "encoder") or not hasattr(model, "decoder"):

@@ -19,7 +19,6 @@ from bild_fairseq.engines.base import Engine, Pass, State
 from bild_fairseq.engines.native import NativeEngine, missing_option
 from bild_fairseq.engines.native.build import library
 from bild_fairseq.engines.precision import PRECISIONS, rounded_copy
-from bild_fairseq.engines.supported import UnsupportedModel
 from bild_fairseq.engines.torch.engine import TorchEngine
 from bild_fairseq.engines.torch.linear import norm, projection
 from bild_fairseq.errors import BildError
@@ -341,7 +340,7 @@ def with_lstm() -> nn.Module:
 def test_what_it_cannot_run_is_refused_by_name(make, named):
     """By the decoder itself, and in one line that says which model by the generator."""
     made, fine = make(), model(1)
-    with pytest.raises(UnsupportedModel, match=named):
+    with pytest.raises(BildError, match=named):
         TorchEngine(made)
     for large, small, role in ((made, fine, "large"), (fine, made, "small")):
         with pytest.raises(BildError, match=named) as caught:

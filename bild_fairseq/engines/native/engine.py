@@ -14,7 +14,6 @@ from ...decoding.constraints import Constraints
 from ...decoding.reader import Prediction, Verdict
 from ..base import Engine, Logits, Pass
 from ..heads import layers_of, spread
-from ..readers import EngineReader
 from . import structs
 from .build import library
 from .encoder import encoder_for
@@ -36,6 +35,8 @@ class NativeEngine(Engine):
             decoder. Weights are copied.
         precision: of the weights of matrix products, see :mod:`bild_fairseq.engines.precision`.
     """
+
+    reader_kind = NativeReader
 
     def __init__(self, model: nn.Module, precision: str = "float32"):
         super().__init__()
@@ -150,17 +151,6 @@ class NativeEngine(Engine):
         )
         self._call(self._library.bild_verify, state, verification)
         return list(map(Verdict, integers[total:], lprobs[:total], lprobs[total:]))
-
-    def reader(
-        self,
-        state: NativeState,
-        layers: tuple[int, int],
-        constraints: Constraints,
-        below: EngineReader | None = None,
-        keep: bool = False,
-        cut: int | None = None,
-    ) -> NativeReader:
-        return NativeReader(self, state, layers, constraints, below, keep, cut)
 
     def _prepare(self, state: NativeState, step: Pass, length: int) -> None:
         """Makes room for positions 0 .. length - 1, and describes the pass."""

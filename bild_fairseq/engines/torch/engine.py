@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from ...decoding.constraints import Constraints
+from ...errors import BildError
 from ..base import Engine, Logits, Pass, State
 from ..precision import rounded_copy
 from ..readers import EngineReader
-from ..supported import UnsupportedModel, is_t5, unsupported_decoder
+from ..supported import is_t5, unsupported_decoder
 from .decoder import CachedDecoder
 from .graphs import GraphedDecoder
 from .t5 import CachedT5
@@ -22,11 +22,11 @@ def cached_decoder(decoder: nn.Module) -> CachedDecoder:
     """Lays out a decoder's weights.
 
     Raises:
-        UnsupportedModel: it has an option that is not implemented here.
+        BildError: it has an option that is not implemented here; the message names it.
     """
     reason = unsupported_decoder(decoder)
     if reason is not None:
-        raise UnsupportedModel(reason)
+        raise BildError(f"the decoder cannot be run: {reason}")
     return CachedT5(decoder) if is_t5(decoder) else CachedTransformer(decoder)
 
 
@@ -39,8 +39,10 @@ class TorchEngine(Engine):
         graphs: run passes of fixed shapes, which become CUDA graphs on a GPU; None: on a GPU only.
 
     Raises:
-        UnsupportedModel: the decoder has an option that is not implemented here.
+        BildError: the decoder has an option that is not implemented here.
     """
+
+    reader_kind = EngineReader
 
     def __init__(self, model: nn.Module, precision: str = "float32", graphs: bool | None = None):
         super().__init__()
@@ -65,14 +67,3 @@ class TorchEngine(Engine):
 
     def cut_head(self, depth: int, types: Sequence[int]) -> int:
         return self.decoder.cut_head(depth, types)
-
-    def reader(
-        self,
-        state: State,
-        layers: tuple[int, int],
-        constraints: Constraints,
-        below: EngineReader | None = None,
-        keep: bool = False,
-        cut: int | None = None,
-    ) -> EngineReader:
-        return EngineReader(self, state, layers, constraints, below, keep, cut)
