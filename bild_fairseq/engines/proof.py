@@ -25,12 +25,14 @@ _FIRST, _FIRST_ABOVE = (4, 1, 2), (2, 3, 1)
 
 # How much two ways to compute the same log-probabilities may differ, as a share of the largest logit.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# In int8 an input between two integers may go to either one, and then others do: both ways are off by what int8 costs.
-# So an engine must be within this tolerance, and not so many times farther from the model than from the unrounded one.
+# In int8 an input halfway between two integers may be rounded to either one, and all that is computed from it differs.
+# So an engine may differ from the rounded model by this tolerance, and from the rounded model at most so many times as
+# much as from the model before rounding.
 _INT8_TOLERANCE = 5e-2
 _INT8_FARTHER = 2.0
 
-# As a log-probability, 0 in float32. Tokens that a T5 lacks have less; how much less differs and means nothing.
+# The probability of this log-probability is 0 in float32. Tokens that a T5 lacks have lower ones, which the engine and
+# the model need not agree on.
 _IMPOSSIBLE = -100.0
 
 # For each sentence the float32 log-probabilities (tokens, vocab) after each of its tokens.
@@ -41,7 +43,7 @@ Predictions = list[Tensor]
 def prove(engine: Engine, model: nn.Module, precision: str, role: str) -> None:
     """Compares an engine with its model, at full depth, at every exit, and in the layers above every exit.
 
-    A sentence for which the model gives something that is no number, as after a weight that is none, proves nothing.
+    Sentences for which the model itself gives NaN, because a weight is NaN for instance, are left out.
 
     Args:
         engine: made from the model.

@@ -97,8 +97,8 @@ class EngineReader(LogitsReader):
 
     Args:
         engine, state: the model, and what it remembers of the batch.
-        layers: the first layer and the first one above. From layer 0 to the engine's depth it is the whole decoder, up
-            to an exit layer it is the small model of an early-exit decoder.
+        layers: the first layer to run and the first one not to run. From layer 0 to the engine's depth it is the whole
+            decoder, up to an exit layer it is the small model of an early-exit decoder.
         constraints: of the batch.
         below: for the layers above an exit, the reader of the layers below, whose hidden states they go on from.
         keep: keep hidden states for a reader of the layers above.
@@ -185,12 +185,16 @@ def combined(readers: Sequence[LogitsReader], constraints: Constraints, temperat
 def best_tokens(logits: Array, normalizers: Array, drafted: Sequence[int] | None = None) -> tuple[list, ...]:
     """Per prediction the best token and its log-probability, and the log-probability of the drafted token.
 
-    A prediction whose logits are not all numbers has a log-probability that is none.
+    If one of a prediction's logits is not a number, neither is its log-probability.
 
     Args:
         logits: (predictions, vocab).
         normalizers: (predictions,).
         drafted: a token for each prediction.
+
+    Returns:
+        a list each, as long as there are predictions: best tokens, their log-probabilities (nats), and with
+        ``drafted`` those of the drafted tokens.
     """
     if isinstance(logits, np.ndarray):
         best = logits.argmax(1).tolist()

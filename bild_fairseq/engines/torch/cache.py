@@ -102,7 +102,7 @@ class DecoderState(State):
                 mask = additive_mask(torch.arange(end, device=device) > query, dtype)[None, None]
             return Span(batch, new, end, whole, start=starts[0], mask=mask)
         positions = torch.tensor(starts, device=device)[:, None] + torch.arange(new, device=device)
-        hidden = torch.arange(end, device=device) > positions[:, :, None]  # (batch, new, end)
+        later = torch.arange(end, device=device) > positions[:, :, None]  # (batch, new, end)
         return Span(
             batch,
             new,
@@ -110,7 +110,7 @@ class DecoderState(State):
             whole,
             rows=torch.tensor(rows, device=device)[:, None],
             positions=positions,
-            mask=additive_mask(hidden, dtype)[:, None],
+            mask=additive_mask(later, dtype)[:, None],
         )
 
     def fixed_span(self, positions: Tensor) -> Span:
@@ -120,14 +120,14 @@ class DecoderState(State):
             positions: (batch, new) of the new tokens, below :attr:`length`.
         """
         device = positions.device
-        hidden = torch.arange(self.length, device=device) > positions[:, :, None]  # (batch, new, length)
+        later = torch.arange(self.length, device=device) > positions[:, :, None]  # (batch, new, length)
         return Span(
             *positions.shape,
             self.length,
             whole=True,
             rows=torch.arange(self.batch, device=device)[:, None],
             positions=positions,
-            mask=additive_mask(hidden, self._like.dtype)[:, None],
+            mask=additive_mask(later, self._like.dtype)[:, None],
         )
 
     def clear(self) -> None:
@@ -152,6 +152,6 @@ class DecoderState(State):
         return seen if span.whole else seen[:, span.rows.squeeze(1)]
 
 
-def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a key may be seen, -inf where it is hidden."""
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+def additive_mask(masked: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to attention scores: -inf where ``masked`` is true, else 0; in its shape."""
+    return torch.zeros(masked.shape, dtype=dtype, device=masked.device).masked_fill_(masked, -torch.inf)

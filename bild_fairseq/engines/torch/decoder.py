@@ -69,7 +69,7 @@ class CachedDecoder(ABC):
         self._layers, self._heads, self._source = layers, heads, source
         self._depth, self._own = len(decoder.layers), layers_of(decoder)[1]
         self._cut_heads: list[Head] = []
-        self._head_shape = first.self_attn.num_heads, first.self_attn.head_dim
+        self._attention_shape = first.self_attn.num_heads, first.self_attn.head_dim
         self._like = first.fc1.weight.detach()
         self._position_table = self._like.new_empty(0, 0)
 
@@ -103,7 +103,7 @@ class CachedDecoder(ABC):
 
     def new_state(self, batch: int, length: int) -> DecoderState:
         """A state without a source, with room for some positions."""
-        return DecoderState(len(self._layers), *self._head_shape, self._like, batch, length)
+        return DecoderState(len(self._layers), *self._attention_shape, self._like, batch, length)
 
     def project_source(self, encoder_out: Tensor, padding_mask: Tensor | None) -> Source:
         """Keys and values of the source; see :meth:`SourceAttention.start`."""
@@ -135,7 +135,7 @@ class CachedDecoder(ABC):
             state, layers, keep: as in a :class:`~bild_fairseq.engines.base.Pass`.
         """
         x = state.hidden(span) if tokens is None else self._embed(tokens, span)
-        span = self._scored(span)
+        span = self._with_position_bias(span)
         for index in range(*layers):
             x = self._layers[index](index, x, state, span)
         if keep:
@@ -165,8 +165,8 @@ class CachedDecoder(ABC):
     def _make_positions(self, length: int) -> Tensor:
         """What :meth:`positions` gives, (length, any width)."""
 
-    def _scored(self, span: Span) -> Span:
-        """The span with all that is added to the scores of self-attention in its mask."""
+    def _with_position_bias(self, span: Span) -> Span:
+        """The span with position biases, if the decoder has any, added to its mask."""
         return span
 
     def positions(self, length: int) -> Tensor:

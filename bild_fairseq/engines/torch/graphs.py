@@ -30,10 +30,10 @@ _WIDTHS = (1, 2, 4, 6, 8, 12, 16)
 _SOURCE_STEP = 32
 _LENGTH_STEP = 32
 
-Run = Callable[[], Logits | None]
-
 # Passes over more rows keep the device busy without a graph, whose logits would stay in memory.
 _ROWS = 64
+
+Run = Callable[[], Logits | None]
 
 
 @dataclass

@@ -96,8 +96,8 @@ class CachedT5(CachedDecoder):
         distances = torch.arange(length, device=self.device)
         return self._position_bias(distances, distances[:1])[..., 0].t().contiguous()
 
-    def _scored(self, span: Span) -> Span:
-        """The position biases, which all layers share, in the mask."""
+    def _with_position_bias(self, span: Span) -> Span:
+        """Adds the position biases, which all layers share, to the mask once for all layers."""
         queries = torch.arange(span.start, span.end, device=self.device) if span.positions is None else span.positions
         keys = torch.arange(span.end, device=self.device)
         # Keys behind a query have the bias of distance 0, and the mask hides them.
