@@ -46,16 +46,16 @@ def parse_args() -> argparse.Namespace:
 
 def curve(args: argparse.Namespace) -> None:
     groups, metric = plots_curve.load_sweeps(args.sweeps, args.x)
-    plots.save(plots_curve.draw(groups, metric, x=args.x, labels=args.labels, title=args.title), args.out)
+    plots.save(plots_curve.draw(groups, metric, x=args.x, labels=args.labels, title=args.title), "--out", args.out)
 
 
 def lengths(args: argparse.Namespace) -> None:
     settings = [setting for path in args.rounds for setting in plots.read_rounds(path)["settings"]]
-    plots.save(plots_lengths.draw(settings, args.title), args.out)
+    plots.save(plots_lengths.draw(settings, args.title), "--out", args.out)
 
 
 def sizes(args: argparse.Namespace) -> None:
-    plots.save(plots_sizes.draw(plots_sizes.curves(args.benchmarks), args.title), args.out)
+    plots.save(plots_sizes.draw(plots_sizes.curves(args.benchmarks), args.title), "--out", args.out)
 
 
 def tokens(args: argparse.Namespace) -> None:

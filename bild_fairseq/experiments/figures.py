@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..decoding.counters import total
 from ..errors import BildError
-from ..plugin.files import replacing
-from .plots import COLORS, MARKERS, pyplot
+from .plots import picture_format, pyplot, save, style
 from .systems import System
 from .timing import percentile90, ratio
 
@@ -134,7 +132,7 @@ def check_plot(path: str) -> None:
         known = pyplot().figure().canvas.get_supported_filetypes()
     except BildError as error:
         raise BildError(f"--plot {path}: {error}") from error
-    kind = _format(path)
+    kind = picture_format(path)
     if kind not in known:
         raise BildError(f"--plot {path}: no format of pictures is called {kind}; name a .png, .pdf or .svg file")
 
@@ -146,15 +144,13 @@ def plot(systems: Sequence[System], batches: Sequence[dict[str, Any]], path: str
     for number, system in enumerate(systems):
         lengths = [max(len(system.outputs[i]) for i in batch["id"].tolist()) for batch in batches]
         milliseconds = [1000 * s for s in system.seconds]
-        style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
-        axes.scatter(lengths, milliseconds, s=7, alpha=0.35, linewidths=0, **style)
-        axes.plot(*medians(lengths, milliseconds), markersize=4.5, linewidth=1.2, label=system.name, **style)
+        axes.scatter(lengths, milliseconds, s=7, alpha=0.35, linewidths=0, **style(number))
+        axes.plot(*medians(lengths, milliseconds), markersize=4.5, linewidth=1.2, label=system.name, **style(number))
     axes.set_yscale("log")
     axes.set_xlabel("output length (tokens)")
     axes.set_ylabel("latency (ms)")
     axes.legend(fontsize=8)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, format=_format(path))
+    save(figure, "--plot", path)
     plt.close(figure)
 
 
@@ -164,7 +160,3 @@ def medians(lengths: Sequence[int], values: Sequence[float], groups: int = 8) ->
     groups = min(groups, len(points))
     parts = [points[len(points) * i // groups : len(points) * (i + 1) // groups] for i in range(groups)]
     return tuple([statistics.median(point[axis] for point in part) for part in parts] for axis in (0, 1))
-
-
-def _format(path: str) -> str:
-    return os.path.splitext(path)[1].removeprefix(".").lower() or "png"

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BildError
+from ..plugin.files import replacing
+from .settings import thresholds_text
 
 # Dark and light in turn, so that neighbours differ on paper too.
 COLORS = ["#1f4e8c", "#e07b00", "#117a5c", "#b03060", "#6f5f9e", "#8c6d1f"]
@@ -44,10 +46,21 @@ def read_rounds(path: str) -> dict[str, Any]:
 def setting_name(setting: dict[str, Any]) -> str:
     """A setting of a file of rounds as a person writes it: method, thresholds and what is not the default."""
     policy = setting["policy"]
-    thresholds = f"{policy['fallback_threshold']:g}, {float(policy['rollback_threshold']):g}"
-    end = ", end" if policy["verify_end"] else ""
+    thresholds = thresholds_text(policy["fallback_threshold"], policy["rollback_threshold"], policy["verify_end"])
     draft = f"; draft {policy['max_draft']}" if policy["max_draft"] != 10 else ""
-    return f"{setting['method']} ({thresholds}{end}{draft})"
+    return f"{setting['method']} ({thresholds}{draft})"
+
+
+def style(number: int) -> dict[str, str]:
+    """Color and marker of the curve with a number, counted from 0."""
+    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def distances(values: Sequence[float], intervals: Sequence[tuple[float, float]]) -> list[list[float]]:
+    """Intervals as matplotlib wants them: how far they reach below and above each value."""
+    ends = list(zip(values, intervals, strict=True))
+    # A bootstrap's interval may lie beside the value.
+    return [[max(0.0, value - low) for value, (low, _) in ends], [max(0.0, high - value) for value, (_, high) in ends]]
 
 
 def pyplot() -> Any:
@@ -67,18 +80,26 @@ def pyplot() -> Any:
     return matplotlib.pyplot
 
 
-def save(figure: Any, path: str) -> None:
+def picture_format(path: str) -> str:
+    """The format that a picture's file is named after: ``png`` where its name has no suffix."""
+    return os.path.splitext(path)[1].removeprefix(".").lower() or "png"
+
+
+def save(figure: Any, flag: str, path: str) -> None:
     """Writes a figure, in the format of the file's name, at once or not at all.
+
+    Args:
+        figure: matplotlib's.
+        flag: that names the file, for the message.
+        path: of the file.
 
     Raises:
         BildError: there is no such format, or the file cannot be written.
     """
-    file = Path(path)
-    temporary = file.with_name(f".{file.stem}.tmp{file.suffix}")
     try:
-        figure.savefig(temporary, dpi=160)
-        os.replace(temporary, file)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=160, format=picture_format(path))
     except OSError as error:
-        raise BildError(f"--out {path}: cannot write it: {error.strerror}") from error
+        raise BildError(f"{flag} {path}: cannot write it: {error.strerror}") from error
     except ValueError as error:
-        raise BildError(f"--out {path}: {error}") from error
+        raise BildError(f"{flag} {path}: {error}") from error

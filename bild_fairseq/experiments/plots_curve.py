@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BildError
-from .plots import COLORS, MARKERS, pyplot, read
+from .plots import distances, pyplot, read, style
+from .settings import thresholds_text
 
 Row = dict[str, Any]
 
@@ -43,8 +44,7 @@ class Point:
     @property
     def label(self) -> str:
         """Its thresholds: fallback, rollback, and whether the end is verified."""
-        end = ", end" if self.row["verify_end"] else ""
-        return f"{self.row['fallback_threshold']:g}, {float(self.row['rollback_threshold']):g}{end}"
+        return thresholds_text(*(self.row[name] for name in ("fallback_threshold", "rollback_threshold", "verify_end")))
 
 
 # The points of each method and kind of setting.
@@ -147,7 +147,7 @@ def draw_method(axes: Any, shown: Groups, groups: Groups, method: str, number: i
 
     What is too bad to be shown is counted in the legend; the line ends before it.
     """
-    color = COLORS[number % len(COLORS)]
+    color = style(number)["color"]
     for kind, line in LINES.items():
         points = shown.get((method, kind))
         if not points:
@@ -155,10 +155,10 @@ def draw_method(axes: Any, shown: Groups, groups: Groups, method: str, number: i
         best = front(points)
         left_out = len(groups[method, kind]) - len(points)
         name = method if kind == "bild" else f"{method}, {kind}"
-        marker = MARKERS[number % len(MARKERS)] if kind == "bild" else ABLATION_MARKERS[kind]
+        marker = style(number)["marker"] if kind == "bild" else ABLATION_MARKERS[kind]
         label = f"{name} ({left_out} worse, left out)" if left_out else name
-        style = {"linestyle": line, "linewidth": 1.5, "color": color}
-        axes.plot(*columns(best), marker=marker, markersize=5, label=label, zorder=3, **style)
+        curve = {"linestyle": line, "linewidth": 1.5, "color": color}
+        axes.plot(*columns(best), marker=marker, markersize=5, label=label, zorder=3, **curve)
         if kind == "bild":
             axes.errorbar(*columns(best), fmt="none", ecolor=color, zorder=2, **bars(best), **BARS)
         rest = [point for point in points if point not in best]
@@ -173,13 +173,7 @@ def explain_markers(axes: Any) -> None:
 
 
 def bars(points: Sequence[Point]) -> dict[str, list[list[float]]]:
-    """The intervals of some points as matplotlib wants them: distances below and above."""
-
-    def distances(values: Sequence[float], intervals: Sequence[Interval]) -> list[list[float]]:
-        ends = list(zip(values, intervals, strict=True))
-        # A bootstrap's interval may lie beside the value.
-        return [[max(0.0, v - low) for v, (low, _) in ends], [max(0.0, high - v) for v, (_, high) in ends]]
-
+    """The intervals of some points, as matplotlib wants them."""
     x, quality = columns(points)
     return {
         "xerr": distances(x, [point.x_interval for point in points]),
@@ -194,9 +188,9 @@ def draw_front(axes: Any, best: Sequence[Point], x: str | None) -> None:
         return
     # On the side that the front leaves free.
     side = {"xytext": (7, 6), "ha": "left"} if x == "speedup" else {"xytext": (-7, 6), "ha": "right"}
-    style = {"textcoords": "offset points", "fontsize": 7, "color": "0.25", **side}
+    text = {"textcoords": "offset points", "fontsize": 7, "color": "0.25", **side}
     for point in best:
-        axes.annotate(point.label, (point.x, point.quality), **style)
+        axes.annotate(point.label, (point.x, point.quality), **text)
 
 
 def columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
@@ -226,11 +220,11 @@ def show_range(axes: Any, shown: Groups, greedy: Sequence[Point]) -> None:
 def draw_baseline(axes: Any, point: Point, name: str, marker: str) -> None:
     """A point with its name; one outside the figure is given in words."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    style = {"color": "black", "markersize": 10 if marker == "*" else 8, "linestyle": "none", "zorder": 5}
+    mark = {"color": "black", "markersize": 10 if marker == "*" else 8, "linestyle": "none", "zorder": 5}
     if left <= point.x <= right and low <= point.quality <= high:
-        axes.plot(point.x, point.quality, marker, label=name, **style)
+        axes.plot(point.x, point.quality, marker, label=name, **mark)
         if marker == "*":
             axes.axhline(point.quality, color="0.55", linewidth=0.8, linestyle=(0, (5, 5)), zorder=1)
     else:
         label = f"{name}: {point.quality:.1f} at {point.speedup:.2f}x, outside"
-        axes.plot([], [], marker, label=label, **style)
+        axes.plot([], [], marker, label=label, **mark)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import BildError
-from .plots import COLORS, pyplot, setting_name
+from .plots import pyplot, setting_name, style
 
 HATCHES = ["", "////", "....", "\\\\\\\\", "xx", "--"]
 
@@ -51,7 +51,7 @@ def draw(settings: Sequence[dict[str, Any]], title: str) -> Any:
         counts = collections.Counter(accepted)
         longest = max(longest, *counts)
         mean = sum(accepted) / len(accepted)
-        color = COLORS[number % len(COLORS)]
+        color = style(number)["color"]
         axes.bar(
             [length + (number - (len(settings) - 1) / 2) * width for length in range(longest + 1)],
             [100 * counts[length] / len(accepted) for length in range(longest + 1)],

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import BildError
-from .plots import COLORS, MARKERS, pyplot, read
+from .plots import distances, pyplot, read, style
 
 SPEEDUP = "speedup_over_greedy"
 Point = tuple[float, tuple[float, float, float]]  # millions of weights; speedup with its interval
@@ -49,9 +49,8 @@ def draw(systems: dict[str, list[Point]], title: str) -> Any:
     for number, (name, points) in enumerate(systems.items()):
         sizes = [size for size, _ in points]
         speedups = [speedup for _, (speedup, _, _) in points]
-        bars = [[s - low for _, (s, low, _) in points], [high - s for _, (s, _, high) in points]]
-        style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
-        axes.errorbar(sizes, speedups, bars, label=name, capsize=3, linewidth=1.2, markersize=5, **style)
+        bars = distances(speedups, [(low, high) for _, (_, low, high) in points])
+        axes.errorbar(sizes, speedups, bars, label=name, capsize=3, linewidth=1.2, markersize=5, **style(number))
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     ticks = sorted({size for points in systems.values() for size, _ in points})

@@ -62,6 +62,17 @@ def policy_flags(policy: Policy) -> str:
     )
 
 
+def thresholds_text(fallback: float, rollback: float | str, verify_end: bool) -> str:
+    """Thresholds as reports and figures name them: ``0.6, 2, end``.
+
+    Args:
+        fallback: probability.
+        rollback: nats, or ``"inf"``.
+        verify_end: the end is verified.
+    """
+    return f"{fallback:g}, {float(rollback):g}" + ", end" * verify_end
+
+
 def policy_of(row: dict[str, Any]) -> Policy:
     """The policy of a row of results that has all of its fields."""
     return Policy(**{field.name: row[field.name] for field in dataclasses.fields(Policy)})

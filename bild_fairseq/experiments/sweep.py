@@ -25,7 +25,15 @@ from ..plugin.generator import SearchOptions
 from ..plugin.pair import Pair
 from .origin import difference
 from .scoring import Scorer, quality_change
-from .settings import ENDS, parse_drafts, parse_fallbacks, parse_policy, parse_rollbacks, threshold_columns
+from .settings import (
+    ENDS,
+    parse_drafts,
+    parse_fallbacks,
+    parse_policy,
+    parse_rollbacks,
+    threshold_columns,
+    thresholds_text,
+)
 from .systems import System, ours, stock
 from .timing import measure, percentile90, ratio
 
@@ -51,9 +59,9 @@ class Setting:
     def __str__(self) -> str:
         if self.policy is None:
             return f"{self.method}, {self.kind}"
-        end = ", end" if self.policy.verify_end else ""
-        thresholds = f"{self.policy.fallback_threshold:g}, {self.policy.rollback_threshold:g}"
-        return f"{self.method}, {self.kind} ({thresholds}{end}; draft {self.policy.max_draft})"
+        policy = self.policy
+        thresholds = thresholds_text(policy.fallback_threshold, policy.rollback_threshold, policy.verify_end)
+        return f"{self.method}, {self.kind} ({thresholds}; draft {policy.max_draft})"
 
 
 def add_grid_arguments(parser: argparse.ArgumentParser) -> None:

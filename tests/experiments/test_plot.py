@@ -266,5 +266,5 @@ def test_bad_input_gets_one_line(sweep, rounds_file, tmp_path):
     refuses("has not measured greedy decoding yet", [other])
     for name in ("figure.xyz", "no/figure.png"):
         with pytest.raises(BildError, match=name):
-            plots.save(plots.pyplot().figure(), str(tmp_path / name))
+            plots.save(plots.pyplot().figure(), "--out", str(tmp_path / name))
     assert not list(tmp_path.glob("*figure*"))
