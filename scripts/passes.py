@@ -1,4 +1,5 @@
-"""Print what one pass of a decoder over 1 to 16 new tokens costs, beside what the machine can do at that moment.
+#!/usr/bin/env python3
+"""Prints what one pass of a decoder over 1 to 16 new tokens costs, beside what the machine can do at that moment.
 
     python scripts/passes.py large.pt --precision float32,int8 --threads 1,2 --batch-size 1,8
 
@@ -14,7 +15,6 @@ import itertools
 
 import torch
 
-import bild_fairseq  # noqa: F401
 from bild_fairseq.engines.choose import engine_for
 from bild_fairseq.engines.precision import PRECISIONS
 from bild_fairseq.errors import BildError

@@ -1,4 +1,5 @@
-"""Write a checkpoint of the same function K times as wide, to time decoding at a size that nobody has trained.
+#!/usr/bin/env python3
+"""Writes a checkpoint of the same function K times as wide, to time decoding at a size that nobody has trained.
 
     python scripts/widen.py large.pt large-x4.pt 4 --half
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import bild_fairseq  # noqa: F401
 from bild_fairseq.experiments.commandline import run
 from bild_fairseq.experiments.widen import widen_file
 
