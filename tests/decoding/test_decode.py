@@ -632,3 +632,28 @@ def test_thresholds_on_a_table_of_probabilities():
         (sentence,) = decode(large, small, eos, [[]], policy, eos)
         assert sentence.tokens[1:] == tokens
         assert (sentence.counters.rollbacks, sentence.counters.fallbacks) == (rollbacks, 0)
+
+
+class Eager(Table):
+    """Drafts up to the limit, however unsure it is."""
+
+    def draft(self, tokens: Any, rows: Any, limit: float, threshold: float) -> Any:
+        return super().draft(tokens, rows, limit, 0.0)
+
+
+def test_the_policy_alone_decides_where_a_draft_falls_back():
+    """An engine that drafts past the first unsure token gives the same text and counters as one that stops there."""
+    pad, unk, eos, a, b = range(5)
+    limits = Constraints(pad=pad, unk=unk, eos=eos, max_len=8)
+    sure = {token: [float(token == other) for other in range(8)] for token in (eos, a, b)}
+    even = [0.0, 0.0, 0.0, 0.5, 0.5, 0.0, 0.0, 0.0]  # a, by the order of words
+    policy = Policy(fallback_threshold=0.9, rollback_threshold=math.inf, start_small=True)
+    written = []
+    for kind in (Table, Eager):
+        small = kind(limits, [sure[a], even, sure[b], even, sure[a], sure[eos]])
+        large = Table(limits, [sure[a], sure[b], sure[b], sure[b], sure[a], sure[eos]])
+        (sentence,) = decode(large, small, eos, [[]], policy, eos)
+        written.append((sentence.tokens, sentence.counters, sentence.rounds))
+    assert written[0] == written[1]
+    assert written[0][0][1:] == [a, b, b, b, a, eos]
+    assert written[0][1].fallbacks == 2
