@@ -762,7 +762,8 @@ typedef struct {
     float *lprobs;    /* (sentences, limit), out: its log-probability */
 } Draft;
 
-/* The next token of the s-th sentence of a pass; whether its draft goes on. */
+/* The next token of the s-th sentence of a pass; whether its draft goes on, with the rule of `falls_back` in
+ * decoding/policies.py. */
 static int64_t draft_token(const Pass *pass, const Draft *draft, int64_t s) {
     int64_t sentence = draft->order[s], step = draft->made[sentence]++, at = sentence * draft->limit + step;
     int64_t position = pass->starts[s] + pass->counts[s] - 1;
