@@ -51,6 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, help="where the aligned small model, or the model with its exits, is written"
     )
     add("--half", action="store_true", help="write it in half precision")
+    vocab_help = "also write the N most frequent types of what the large model wrote, to OUT with the suffix .vocab.txt"
+    add("--draft-vocab", type=int, metavar="N", help=f"{vocab_help}: a file for --bild-draft-vocab")
     add("--work", type=Path, help="folder for all else (default: OUT with the suffix .work)")
     add("--report", type=Path, help="JSON file for the figures (default: OUT with the suffix .json)")
     add("--cpu", action="store_true", help="do not use a GPU")

@@ -31,6 +31,7 @@ from .files import file_digest
 from .scoring import Scorer
 from .systems import Run, System, ours
 from .timing import measure
+from .type_counts import TypeCounts
 from .work_folder import begin, locked
 
 
@@ -74,6 +75,8 @@ class Alignment:
             if self.options.on_policy:
                 checkpoint = self.train_on_policy(checkpoint)
             write_light([checkpoint], self.options.out, half=self.options.half, keep_folders=True)
+            if self.options.draft_vocab:
+                self.write_draft_vocabulary(self.options.draft_vocab)
             return self.measure()
 
     def calibrate(self) -> None:
@@ -111,6 +114,14 @@ class Alignment:
         self._on_policy_set.rewrite(self._calibration)
         self._on_policy.run(trained)
         return self._on_policy.checkpoint
+
+    def write_draft_vocabulary(self, size: int) -> None:
+        """Writes the file of the most frequent types of what the large model wrote for the training sources."""
+        outputs = task_like(self.task, self._calibration.data)
+        outputs.load_dataset("train")
+        counts = TypeCounts(outputs.dataset("train").tgt, self.task.target_dictionary)
+        write_text(self.options.vocabulary, counts.lines(size))
+        self._say(f"{self.options.vocabulary}: {counts.describe(size)}")
 
     def measure(self) -> dict[str, Any]:
         """Agreement, rates and speed with the small model before and after; a report that is there is read back."""

@@ -27,6 +27,7 @@ class AlignOptions:
             ``small``.
         exit_own_layers: decoder layers that each exit has for itself.
         out: where the aligned model is written, in half precision with ``half``.
+        draft_vocab: how many types to write beside ``out``, in a file of the same name with the suffix ``.vocab.txt``.
         work: folder for all else; None for ``out`` with the suffix ``.work``.
         report: JSON file for the figures; None for ``out`` with the suffix ``.json``.
         cuda: generate and measure on the GPU.
@@ -55,6 +56,7 @@ class AlignOptions:
     early_exit: str | None = None
     exit_own_layers: int = 0
     half: bool = False
+    draft_vocab: int | None = None
     work: Path | None = None
     report: Path | None = None
     cuda: bool = False
@@ -104,7 +106,7 @@ class AlignOptions:
             if not 0 <= getattr(self, name) <= 1:
                 raise BildError(f"{flag(name)} {getattr(self, name)}: give a number from 0 to 1")
         positive = ("sample", "valid_sample", "part", "generate_tokens", "epochs", "max_tokens", "lr", "sentences")
-        for name in (*positive, "batch_size", "max_draft", "truncate_source"):
+        for name in (*positive, "batch_size", "max_draft", "truncate_source", "draft_vocab"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise BildError(f"{flag(name)} {getattr(self, name)}: give a number above 0")
         if self.distill_top < 0:
@@ -131,17 +133,22 @@ class AlignOptions:
         if self.early_exit is not None and self.distill_top:
             raise BildError("--distill-top is for a small model; an exit learns from the last layer in the same pass")
 
+    @property
+    def vocabulary(self) -> Path:
+        """The file of the draft vocabulary."""
+        return self.out.with_suffix(".vocab.txt")
+
     def try_outputs(self) -> None:
         """Makes sure that all files can be written.
 
         Raises:
             BildError: one cannot.
         """
-        for name in ("out", "report"):
-            path = getattr(self, name)
+        files = {"--out": self.out, "--report": self.report}
+        for name, path in (files | ({"--draft-vocab": self.vocabulary} if self.draft_vocab else {})).items():
             if path.is_dir():
-                raise BildError(f"{flag(name)} {path}: cannot write there, that is a folder; name a file")
-            try_folder(flag(name), path.parent)
+                raise BildError(f"{name} {path}: cannot write there, that is a folder; name a file")
+            try_folder(name, path.parent)
         try_folder("--work", self.work)
 
     def policy(self) -> Policy:

@@ -84,6 +84,9 @@ def add_drafting_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of the models' weights: {', '.join(PRECISIONS)}, or two joined by + for the large model and the small "
         "one (default: float32)",
     )
+    parser.add_argument(
+        "--draft-vocab", metavar="FILE", help="target types to draft among, as --bild-draft-vocab (default: all)"
+    )
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:

@@ -11,6 +11,7 @@ from fairseq.tasks import FairseqTask
 
 from ..decoding.policies import Policy
 from ..errors import BildError
+from ..plugin.draft_vocabulary import DraftVocabulary
 from ..plugin.pair import Pair
 from .arguments import check_positive, search_options
 from .ctranslate2_system import ctranslate2_system
@@ -43,6 +44,14 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
         "--lossless-fallback", type=float, default=0.6, help="fallback threshold of the lossless system (default: 0.6)"
     )
     parser.add_argument("--max-draft", type=int, default=10)
+    parser.add_argument(
+        "--draft-vocab",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="whatever drafts does so among the target types of FILE as well, as with --bild-draft-vocab; repeat for "
+        "several",
+    )
     parser.add_argument(
         "--precision",
         default="float32",
@@ -131,6 +140,8 @@ class Competition:
         if args.early_exit and args.early_exit != args.large:
             early = Pair.load(args.early_exit, task=task, **options)
         self._early = with_exit(early, args.exit_layer) if args.early_exit else None
+        dictionary = task.target_dictionary
+        self._vocabularies = [DraftVocabulary.load(path, dictionary, "--draft-vocab") for path in args.draft_vocab]
 
     def pairs(self) -> list[Pair]:
         """All models that were given."""
@@ -166,11 +177,19 @@ class Competition:
         if name in ("small", "alone"):
             return self._ours(f"{'small' if pair.small else what} alone{label}", pair.small_alone())
         if name == "lossless":
-            lossless = Policy(self._args.lossless_fallback, 0.0, self._args.max_draft, verify_end=True)
-            return self._ours(f"{what} lossless{label}", pair, lossless)
-        settings = self._args.bild if pair.small else self._args.exit or self._args.bild
-        chosen = policies(settings, self._args.max_draft)
-        return [one for text, policy in chosen.items() for one in self._ours(f"{what} ({text}){label}", pair, policy)]
+            chosen = {"lossless": Policy(self._args.lossless_fallback, 0.0, self._args.max_draft, verify_end=True)}
+        else:
+            settings = self._args.bild if pair.small else self._args.exit or self._args.bild
+            chosen = {f"({text})": one for text, one in policies(settings, self._args.max_draft).items()}
+        pairs = {label: pair}
+        for vocabulary in self._vocabularies:
+            pairs[f"{label}, {len(vocabulary.types)} types"] = dataclasses.replace(pair, draft_vocabulary=vocabulary)
+        return [
+            one
+            for text, policy in chosen.items()
+            for label, drafting in pairs.items()
+            for one in self._ours(f"{what} {text}{label}", drafting, policy)
+        ]
 
     def _ours(self, name: str, pair: Pair, policy: Policy | None = None) -> list[System]:
         """A system of this package at every precision that it can have."""

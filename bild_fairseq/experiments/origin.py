@@ -37,6 +37,8 @@ def origin_of(task: FairseqTask, pairs: Mapping[str, Pair], args: argparse.Names
         models[name] = "+".join(map(file_digest, paths))
         if pair.exit_layer is not None:
             models[name] += f", exit {pair.exit_layer}"
+        if pair.draft_vocabulary is not None:
+            models[name] += f", drafting among {file_digest(pair.draft_vocabulary.path)}"
     return {
         "large model": file_digest(args.large),
         "models": models,

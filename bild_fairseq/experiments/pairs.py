@@ -47,7 +47,7 @@ def with_exit(large: Pair, layer: int | None = None) -> Pair:
 
 
 def load_pairs(task: FairseqTask, args: argparse.Namespace) -> dict[str, Pair]:
-    """The pairs of ``add_drafting_arguments`` by name, each model loaded once.
+    """The pairs of ``add_drafting_arguments`` by name, each model loaded once; prints what they draft among.
 
     Raises:
         BildError: none is named, a name is used twice, a model does not fit or cannot read the sources.
@@ -72,6 +72,9 @@ def load_pairs(task: FairseqTask, args: argparse.Namespace) -> dict[str, Pair]:
         if path not in large:
             large[path] = Pair.load(path, task=task, **options)
         pairs[name] = with_exit(large[path], layer)
+    if args.draft_vocab is not None:
+        pairs = {name: pair.drafting_among(args.draft_vocab, task, "--draft-vocab") for name, pair in pairs.items()}
+        print(f"drafting among {next(iter(pairs.values())).draft_vocabulary}")
     return pairs
 
 

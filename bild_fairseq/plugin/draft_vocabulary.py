@@ -27,6 +27,9 @@ class DraftVocabulary:
     types: tuple[int, ...]
     path: str | None = None
 
+    def __str__(self) -> str:
+        return f"{len(self.types)} types" + (f" of {self.path}" if self.path else "")
+
     @classmethod
     def of(cls, types: Iterable[int], dictionary: Dictionary, path: str | None = None) -> DraftVocabulary:
         """Some types with those that are always in, without padding."""
@@ -34,13 +37,17 @@ class DraftVocabulary:
         return cls(tuple(sorted(kept)), path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, dictionary: Dictionary) -> DraftVocabulary:
+    def load(cls, path: str | os.PathLike, dictionary: Dictionary, flag: str = "--bild-draft-vocab") -> DraftVocabulary:
         """Reads a file with one type a line, as in dict.txt: a symbol, and a count if there is one.
+
+        Args:
+            dictionary: of the target side.
+            flag: that names the file, for messages.
 
         Raises:
             BildError: it cannot be read, has no types, or one that the dictionary lacks; one line that names it.
         """
-        where = f"--bild-draft-vocab {path}"
+        where = f"{flag} {path}"
         reason = unreadable(path)
         if reason:
             raise BildError(f"{where}: {reason}")

@@ -6,6 +6,7 @@ fairseq's programs come here through ``Pair.from_args``, scripts through ``Pair.
     pair = Pair.load("early.pt", task=task)                         # an early-exit model, its lowest exit drafts
     pair = Pair.load("large.pt", task=task, alone=True)             # greedy decoding, nothing drafts
     other = pair.drafted_by("aligned.pt", task)                     # same large model, another small one
+    quick = other.drafting_among("aligned.vocab.txt", task)         # same models, but a draft has few types only
     BildGenerator(pair, task.target_dictionary, Policy(0.6, 2.0))   # .greedy() and .small_alone() of a pair, too
     print("fairseq-generate data", pair.flags())
 """
@@ -195,6 +196,11 @@ class Pair:
         """The same large model with one of its exits, the lowest unless given."""
         layer = lowest_exit(self.large) if exit_layer is None else exit_layer
         return dataclasses.replace(self, small=(), small_path=None, small_precision=None, exit_layer=layer, alone=False)
+
+    def drafting_among(self, path: str, task: FairseqTask, flag: str = "--bild-draft-vocab") -> Pair:
+        """The same models, which draft among the types of a file; see :meth:`DraftVocabulary.load`."""
+        vocabulary = DraftVocabulary.load(path, task.target_dictionary, flag)
+        return dataclasses.replace(self, draft_vocabulary=vocabulary)
 
     def greedy(self) -> Pair:
         """The large model alone."""

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -160,6 +161,26 @@ def test_a_training_tells_how_it_gets_on_and_no_more(done):
     assert len([line for line in shown if " | valid | epoch 0" in line]) == LEARNS["epochs"]
     assert len(shown) < 4 * LEARNS["epochs"]
     assert "TransformerModel" in aligner.train_log() and "TransformerModel" not in "".join(shown)
+
+
+def test_the_draft_vocabulary_is_what_the_large_model_writes_most(done, corpus):
+    """With all that it takes to draft a share of the tokens; nothing else is done again."""
+    aligner, report = done
+    assert aligner(**LEARNS, draft_vocab=5) == report and aligner.trainings == 0
+    words = corpus.task().target_dictionary
+    counts = Counter(token for _, target in calibration_set(aligner, "train") for token in target)
+    total = sum(counts.values())
+    always = sum(counts.pop(token, 0) for token in (words.eos(), words.unk()))
+    lines = (aligner.folder / "aligned.vocab.txt").read_text().splitlines()
+    symbols, numbers = zip(*(line.split(" ") for line in lines), strict=True)
+    assert [int(number) for number in numbers] == sorted(counts.values(), reverse=True)[:5]
+    assert [counts[words.index(symbol)] for symbol in symbols] == [int(number) for number in numbers]
+    covered = (always + sum(map(int, numbers))) / total
+    (said,) = aligner.said
+    assert f"the 5 most frequent of {len(counts)} types" in said and f"{covered:.1%} of its tokens" in said
+    assert 0 < covered < 1
+    path = ["--bild-draft-vocab", aligner.folder / "aligned.vocab.txt"]
+    corpus.generate(*corpus.bild("--bild-small-path", aligner.out, *path))
 
 
 @pytest.fixture(scope="module")

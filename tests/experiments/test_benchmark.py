@@ -63,9 +63,28 @@ def test_several_small_models_are_told_apart_by_their_names(corpus, tmp_path):
     assert rows["small alone, twin"]["differ_from_greedy"] == rows["bild lossless, plain"]["differ_from_greedy"] == 0
 
 
+def test_draft_vocabularies_are_compared_with_none(corpus, tmp_path):
+    """Whatever drafts does so with all types and with some; the text without loss is the same."""
+    vocabulary, file = tmp_path / "few.txt", tmp_path / "figures.json"
+    vocabulary.write_text("".join(f"{symbol}\n" for symbol in corpus.task().target_dictionary.symbols[4:8]))
+    exits = corpus.checkpoint(
+        tmp_path / "exits.pt", arch="early_exit_transformer_tiny", exit_layers="1", decoder_layers=2
+    )
+    models = ["--small", corpus.small, "--early-exit", exits, "--draft-vocab", vocabulary, "--json", file]
+    systems = ["--systems", "greedy,lossless,bild,exit-full,exit-lossless"]
+    run_script(corpus, "benchmark", *arguments(corpus, *models, *systems))
+    rows = {row["system"]: row for row in json.loads(file.read_text())["rows"]}
+    names = ("bild lossless", "bild (0.6,2)", "exit 1 lossless")
+    assert {f"{name}{label}" for name in names for label in ("", ", 6 types")} <= rows.keys()
+    assert rows["bild lossless"]["drafted"] != rows["bild lossless, 6 types"]["drafted"]
+    assert rows["bild lossless, 6 types"]["differ_from_greedy"] == 0
+    assert rows["exit 1 lossless, 6 types"]["tokens"] == rows["early-exit model, full depth"]["tokens"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--draft-vocab", "DATA/dict.z.txt"], "--draft-vocab DATA/dict.z.txt: no such file"),
         (["--small", "SMALL", "--small", "other=SMALL", "--small", "other=SMALL"], "two models are called other"),
         (["--early-exit", "LARGE"], "LARGE: the model has no exits"),
         (["--systems", "greedy,bild"], "--systems bild: unknown, or its model was not given"),
