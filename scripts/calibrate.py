@@ -5,6 +5,9 @@ Predictions of both models are recorded once; every setting of a large space is 
 a model, which gives its outputs and its counts of model calls exactly. A cost model, fitted to a few timed runs, turns
 the counts into time. The fastest settings whose loss is within the bound are really run, next to lean greedy decoding,
 and the fastest of these wins. The bound is a paired bootstrap over the sentences.
+
+With --lossless only settings are looked at whose text is the large model's own, whatever the models: the fastest one by
+the cost model wins, and is run next to greedy decoding.
 """
 
 from __future__ import annotations
@@ -36,6 +39,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--max-loss", type=float, default=0.5, help="points of the metric below greedy decoding at most (default: 0.5)"
     )
+    parser.add_argument(
+        "--lossless", action="store_true", help="find the fallback threshold and draft length for rollback threshold 0"
+    )
     parser.add_argument("--confidence", type=float, default=0.95, help="of that bound (default: 0.95)")
     parser.add_argument("--record", help="file that keeps what was recorded, for another run with another --max-loss")
     parser.add_argument("--json", help="file for the result")
@@ -45,7 +51,13 @@ def parse_args() -> argparse.Namespace:
     calibrate.add_space_arguments(parser)
     arguments.add_search_arguments(parser)
     arguments.add_score_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("max_loss", "confidence", "candidates", "rollback", "verify_end"):
+        if args.lossless and getattr(args, name) != parser.get_default(name):
+            raise BildError(
+                f"--{name.replace('_', '-')} has no effect with --lossless, which loses nothing; leave it out"
+            )
+    return args
 
 
 def check(args: argparse.Namespace) -> None:
@@ -91,22 +103,26 @@ def search(args: argparse.Namespace, settings: Sequence[Policy], started: float)
     metric, within = calibration.scorer.name, f"within {args.max_loss:g} {calibration.scorer.name}"
     costs = calibration.fit_costs()
     print(f"cost: {costs}")
-    found = calibration.shortlist(costs)
-    print(f"{len(settings)} settings, {len(found)} fast ones {within} of greedy decoding")
+    if args.lossless:
+        within, found = "that loses nothing", [calibration.cheapest(costs)]
+        print(f"{len(settings)} settings with the large model's own text")
+    else:
+        found = calibration.shortlist(costs)
+        print(f"{len(settings)} settings, {len(found)} fast ones {within} of greedy decoding")
     result = calibration.fastest(found)
     result |= {"device": device_name(args.cuda, args.threads), "wall_seconds": time.monotonic() - started}
     needed = calibrate.sentences_needed(args.confidence)
     enough = len(calibration.ids) >= needed
     for row in result["verified"]:
-        print(describe(row, metric, args, enough))
+        print(describe(row, metric, args, enough and not args.lossless))
     if args.json:
         write_text(args.json, json.dumps(result, indent=1) + "\n")
     best = result["best"]
     if best is None:
-        raise BildError(f"no setting keeps {within} of greedy decoding when it is run")
+        raise BildError(f"no setting {'' if args.lossless else 'keeps '}{within} of greedy decoding when it is run")
     if best["speedup"][0] <= 1:
         print("none of them is faster than greedy decoding (--generator greedy) with these models on this machine")
-    if not enough:
+    if not enough and not args.lossless:
         print(
             f"{len(calibration.ids)} sentences are too few for a bound with confidence {args.confidence:g}, which "
             f"takes {needed}: the loss may be larger on others; raise --sentences"

@@ -35,14 +35,20 @@ SURE = 0.95  # a setting is given up after a part of the sentences only if it lo
 SLACK = 1.1  # how much slower than another a setting must seem before it is left out
 GROUP = 12  # settings that are walked over all sentences before the next ones are looked at
 TAIL = 5  # sentences that should lie beyond a bound
+# The space, by whether nothing may be lost: then it has two dimensions only, and can be finer.
+FALLBACKS = {
+    False: "0.2,0.3,0.4,0.5,0.6,0.8",
+    True: "0,0.05,0.1,0.15,0.2,0.25,0.3,0.35,0.4,0.45,0.5,0.6,0.7,0.8,0.9",
+}
+DRAFTS = {False: "5,10", True: "2,3,4,5,6,7,8,10,12,15,20"}
 
 
 def add_space_arguments(parser: argparse.ArgumentParser) -> None:
     """The settings that are searched."""
     space = parser.add_argument_group("the space, values joined by commas")
-    space.add_argument("--fallback", default="0.2,0.3,0.4,0.5,0.6,0.8")
+    space.add_argument("--fallback", help=f"(default: {FALLBACKS[False]}; with --lossless {FALLBACKS[True]})")
     space.add_argument("--rollback", default="1,1.5,2,3,4,6")
-    space.add_argument("--max-draft", default="5,10")
+    space.add_argument("--max-draft", help=f"(default: {DRAFTS[False]}; with --lossless {DRAFTS[True]})")
     space.add_argument("--verify-end", choices=list(ENDS), default="both")
 
 
@@ -50,13 +56,14 @@ def policies(args: argparse.Namespace) -> list[Policy]:
     """The space, and for each fallback threshold and draft length the setting that loses nothing.
 
     Args:
-        args: of :func:`add_space_arguments`.
+        args: of :func:`add_space_arguments`, and whether only the latter are wanted, ``lossless``.
 
     Raises:
         BildError: a number is out of range.
     """
-    fallbacks, rollbacks = parse_fallbacks(args.fallback), parse_rollbacks(args.rollback)
-    drafts, ends = parse_drafts(args.max_draft), ENDS[args.verify_end]
+    fallbacks = parse_fallbacks(args.fallback or FALLBACKS[args.lossless])
+    drafts = parse_drafts(args.max_draft or DRAFTS[args.lossless])
+    rollbacks, ends = [] if args.lossless else parse_rollbacks(args.rollback), ENDS[args.verify_end]
     found = [Policy(f, r, d, verify_end=end) for f, r, d, end in itertools.product(fallbacks, rollbacks, drafts, ends)]
     found += [Policy(f, 0.0, d, verify_end=True) for f, d in itertools.product(fallbacks, drafts)]
     return list(dict.fromkeys(found))
@@ -118,6 +125,17 @@ class Calibration:
         """Times a few sentences."""
         batches = self._batches[: self._args.timing_sentences]
         return fit_costs(self._pair, self._task, self._search, batches, self._args.cuda)
+
+    def cheapest(self, costs: CostModel) -> Policy:
+        """The setting that takes the least time by estimate, whatever it writes."""
+        with progress_bar(len(self.ids), "sentence", desc="greedy decoding") as bar:
+            self.recorder.record_greedy(bar.update)
+        every = range(len(self._settings))
+        with progress_bar(len(every) * len(self.ids), "sentence", desc="all sentences") as bar:
+            self._estimates.fill(every, self._columns, bar, self._record.save)
+        self._record.save(at_once=True)
+        milliseconds = self._estimates.milliseconds(every, self._columns, costs)
+        return self._settings[int(milliseconds.argmin())]
 
     def shortlist(self, costs: CostModel) -> list[Policy]:
         """Settings within the bound on all sentences, the fastest by estimate first; more than are needed, not all.

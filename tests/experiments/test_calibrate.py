@@ -4,6 +4,8 @@ import json
 import shlex
 import shutil
 import sys
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,12 @@ from bild_fairseq.decoding.counters import Counters
 from bild_fairseq.decoding.policies import Policy
 from bild_fairseq.errors import BildError
 from bild_fairseq.experiments import calibrate
+from bild_fairseq.experiments.arguments import search_options
 from bild_fairseq.experiments.costs import CostModel, features
+from bild_fairseq.experiments.data import load, make_batches
+from bild_fairseq.experiments.pairs import load_pairs
 from bild_fairseq.experiments.recorder import Recorder
+from bild_fairseq.plugin.generator import BildGenerator
 
 
 def test_costs_are_found_again():
@@ -146,9 +152,68 @@ def test_an_interruption_keeps_what_is_recorded(corpus, run, monkeypatch, tmp_pa
     assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
 
 
+FEW = pytest.mark.parametrize("few", [False, True], ids=["all types", "few types"])
+LOSSLESS = ["--lossless", "--fallback", "0.1,0.3,0.6,0.9", "--max-draft", "1,2,5"]
+
+
+def few_types(corpus: Corpus, folder: Path) -> Path:
+    """The file of a draft vocabulary."""
+    path = folder / "few.txt"
+    path.write_text("".join(f"{symbol}\n" for symbol in corpus.task().target_dictionary.symbols[4:10]))
+    return path
+
+
+def lossless_arguments(corpus: Corpus, *more: object) -> list[object]:
+    words = arguments(corpus, *LOSSLESS, *more)
+    rollback = words.index("--rollback")
+    return words[:rollback] + words[rollback + 2 :]
+
+
+@FEW
+def test_the_lossless_setting_is_the_one_of_the_lowest_estimated_cost(corpus, monkeypatch, tmp_path, few):
+    """Among all settings, each really run, for costs under which short and under which long drafts are cheap."""
+    more = ["--draft-vocab", few_types(corpus, tmp_path)] if few else []
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", *map(str, lossless_arguments(corpus, *more))])
+    args = script("calibrate").parse_args()
+    task = load(args)
+    (pair,) = load_pairs(task, args).values()
+    settings = calibrate.policies(args)
+    assert len(settings) == 12 and all(one.rollback_threshold == 0 and one.verify_end for one in settings)
+    calibration = calibrate.Calibration(task, pair, args, settings)
+    batches = make_batches(task.dataset("valid"), calibration.ids, 4)
+    calls = []
+    for policy in settings:
+        generator = BildGenerator(pair, task.target_dictionary, policy, search_options(args))
+        for batch in batches:
+            generator.generate([], batch)
+        calls.append(features(generator.counters()) + [len(calibration.ids) - 1, 0, 0, 0])
+    chosen = set()
+    for costs in ([1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0], [1.0, 0.1, 1.0, 0.1], [1.0, 9.0, 1.0, 0.0]):
+        found = calibration.cheapest(Namespace(costs=np.array(costs)))
+        milliseconds = np.stack(calls) @ costs
+        assert milliseconds[settings.index(found)] == pytest.approx(milliseconds.min())
+        chosen.add(found)
+    assert len(chosen) > 1
+
+
+@FEW
+def test_lossless_flags_give_the_text_of_greedy_decoding(corpus, run, tmp_path, few):
+    path = few_types(corpus, tmp_path)
+    printed = run(*lossless_arguments(corpus, *(["--draft-vocab", path] if few else [])))
+    flags = shlex.split(printed[-1])
+    assert flags[flags.index("--bild-rollback-threshold") + 1] == "0" and "--bild-verify-end" in flags
+    assert ("--bild-draft-vocab" in flags) == few == (f"drafting among 8 types of {path}" in printed)
+    assert printed[-2].startswith("fastest that loses nothing, found in ")
+    greedy = corpus.generate("--generator", "greedy", "--gen-subset", "valid")
+    assert corpus.generate(*flags, "--gen-subset", "valid").texts() == greedy.texts()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--lossless"], "--rollback has no effect with --lossless"),
+        (["--lossless", "--rollback", "1,1.5,2,3,4,6", "--max-loss", "1"], "--max-loss has no effect with --lossless"),
+        (["--draft-vocab", "missing.txt"], "--draft-vocab missing.txt: no such file"),
         (["--max-loss", "-1"], "--max-loss -1.0: must be 0 or more"),
         (["--confidence", "1"], "--confidence 1.0"),
         (["--candidates", "0"], "--candidates 0: must be 1 or more"),
