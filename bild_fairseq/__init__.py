@@ -4,7 +4,11 @@ Importing the package, which ``--user-dir`` does, registers the ``bild`` and ``g
 architectures and their training losses.
 """
 
+import logging
 import sys
+
+# Where fairseq has not been imported yet, it would print that it recommends tensorboardX.
+logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
 
 
 def _only_prints_the_folder() -> bool:
