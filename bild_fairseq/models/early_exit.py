@@ -183,7 +183,14 @@ def register_early_exit_architectures(stock_model: str) -> None:
 
 def _with_exit_defaults(stock_defaults):
     def set_defaults(args):
-        set_exit_defaults(args)
-        stock_defaults(args)
+        # What omegaconf 2.0 lacks is None, not absent, and would get no default.
+        complete = argparse.Namespace(**OmegaConf.to_container(args)) if isinstance(args, DictConfig) else args
+        set_exit_defaults(complete)
+        stock_defaults(complete)
+        if complete is not args:
+            for name in set(args) - set(vars(complete)):
+                del args[name]
+            for name, value in vars(complete).items():
+                args[name] = value
 
     return set_defaults
