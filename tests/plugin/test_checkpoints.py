@@ -542,6 +542,10 @@ def test_options_that_replace_those_of_the_small_model(corpus, tmp_path):
     assert corpus.generate(*alone, "--model-overrides", overrides).fields("H") == plain
 
 
+# Stock fairseq 0.12.2 fails on padded batches with today's PyTorch.
+UNPADDED = ("--batch-size", 1)
+
+
 def test_models_of_bart_with_a_row_for_the_mask(corpus, tmp_path):
     """Pre-trained models have one, a translation task's dictionary has none; fairseq drops the row."""
     masked = corpus.task()
@@ -552,7 +556,7 @@ def test_models_of_bart_with_a_row_for_the_mask(corpus, tmp_path):
         corpus.checkpoint(tmp_path / f"{name}.pt", masked, arch="bart_base", dropout=0.0, **size)
         for name in ("large", "small")
     ]
-    wanted = corpus.stock("--path", paths[0])
+    wanted = corpus.stock("--path", paths[0], *UNPADDED)
     run = corpus.generate(*corpus.lossless("--path", paths[0], "--bild-small-path", paths[1]))
     assert_same_hypotheses(run, wanted)
 
@@ -573,6 +577,6 @@ def test_models_of_several_language_pairs(corpus, tmp_path, tokens):
     for language in ("x", "y"):
         shutil.copy(corpus.data / f"dict.{language}.txt", tmp_path)
     several = ["--task", "multilingual_translation", "--lang-pairs", "x-y,y-x", *tokens, "--path", paths[0]]
-    wanted = corpus.stock(*several)
+    wanted = corpus.stock(*several, *UNPADDED)
     run = corpus.generate(*corpus.lossless(*several, "--bild-small-path", paths[1]))
     assert_same_hypotheses(run, wanted)

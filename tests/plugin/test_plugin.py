@@ -348,4 +348,5 @@ def test_training_is_untouched(corpus, tmp_path):
         models[name] = torch.load(tmp_path / name / "checkpoint_last.pt", weights_only=False)["model"]
     assert models["stock"].keys() == models["plugin"].keys()
     for name, weight in models["stock"].items():
-        assert torch.equal(models["plugin"][name], weight), name
+        # fairseq 0.12.2 stores one that it has never written to.
+        assert "_float_tensor" in name or torch.equal(models["plugin"][name], weight), name
