@@ -95,7 +95,7 @@ def test_sentences_that_a_model_cannot_read_are_told_first(corpus, tmp_path):
 
 def flags(corpus: Corpus, **changes: object) -> Namespace:
     defaults = {"large": str(corpus.large), "small": [], "early_exit": [], "precision": "float32"}
-    return Namespace(**{**defaults, "cuda": False, "fp16": False, **changes})
+    return Namespace(**{**defaults, "cuda": False, "fp16": False, "draft_vocab": None, **changes})
 
 
 def test_pairs_have_the_names_and_models_that_are_given(corpus, tmp_path):
