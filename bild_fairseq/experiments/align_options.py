@@ -1,7 +1,8 @@
-"""What an alignment is told: models, data, and the settings of its steps."""
+"""What an alignment is told: models, data, and the settings of its steps; and the flags that say so."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from ..decoding.policies import Policy
 from ..errors import BildError
 from ..models.exits import parse_exit_layers
 from ..plugin.generator import SearchOptions
+from .arguments import add_score_arguments, add_search_arguments
 from .files import try_folder
 from .scoring import ScoreOptions
 
@@ -164,3 +166,82 @@ class AlignOptions:
 def flag(name: str) -> str:
     """The flag of a setting."""
     return "--" + name.replace("_", "-")
+
+
+def add_student_arguments(parser: argparse.ArgumentParser) -> None:
+    """The large model, and what is aligned with it: a small model, or exits."""
+    add = parser.add_argument
+    add("--large", type=Path, required=True, help="checkpoint of the large model")
+    add("--small", type=Path, help="checkpoint of the small model")
+    exit_help = "instead of --small: train exits of the large model after these layers, which stays as it is itself"
+    add("--early-exit", metavar="K[,K...]", help=f"{exit_help}; the lowest one is measured")
+    own_help = "with --early-exit: decoder layers that each exit has for itself, see README (default: 0)"
+    add("--exit-own-layers", type=int, default=AlignOptions.exit_own_layers, metavar="N", help=own_help)
+
+
+def add_calibration_arguments(group: argparse._ArgumentGroup) -> None:
+    """The sources, and how the large model writes for them."""
+    add = group.add_argument
+    add("--subset", default=AlignOptions.subset, help="the sources to learn from (default: train)")
+    add("--sample", type=int, metavar="N", help="only N of them, drawn at random")
+    add(
+        "--splice",
+        type=int,
+        default=AlignOptions.splice,
+        metavar="N",
+        help="N more sources, each spliced from two that have two tokens in a row in common; a small corpus is soon "
+        "learned by heart, and what the large model makes of these is as good to learn from (default: 0)",
+    )
+    add("--valid-subset", default=AlignOptions.valid_subset, help="the sources to validate with (default: valid)")
+    valid_help = "at most N of them, drawn at random (default: 2000)"
+    add("--valid-sample", type=int, default=AlignOptions.valid_sample, metavar="N", help=valid_help)
+    truncate_help = "cut longer sources, as fairseq does for summarization"
+    add("--truncate-source", type=int, metavar="TOKENS", help=truncate_help)
+    part_help = "sentences that are written in one go, which an interruption costs (default: 5000)"
+    add("--part", type=int, default=AlignOptions.part, help=part_help)
+    add("--generate-tokens", type=int, default=AlignOptions.generate_tokens, help="tokens a batch (default: 8000)")
+    add_search_arguments(group)
+
+
+def add_training_arguments(group: argparse._ArgumentGroup) -> None:
+    """How the small model, or the exits, are trained."""
+    add = group.add_argument
+    add(
+        "--distill",
+        type=float,
+        default=AlignOptions.distill,
+        metavar="W",
+        help="0 to 1: how much is learned from the large model's distribution at each position rather than from its "
+        "text; above 0 the large model runs during training as well (default: 0)",
+    )
+    add(
+        "--distill-top",
+        type=int,
+        default=AlignOptions.distill_top,
+        metavar="K",
+        help="with --distill: only the large model's K most probable words, which stay in memory (6 K bytes a token), "
+        "so that it runs in the first epoch only; 32 loses little (default: 0, all words in every epoch)",
+    )
+    add("--epochs", type=int, default=AlignOptions.epochs, help="passes over the calibration set (default: 10)")
+    on_policy_help = (
+        "so many passes more, at half the learning rate, over what both models write together at --fallback and "
+        "--rollback: the small model learns what the large one predicts after the small one's own words (default: 0)"
+    )
+    add("--on-policy", type=int, default=AlignOptions.on_policy, metavar="EPOCHS", help=on_policy_help)
+    add("--lr", type=float, default=AlignOptions.lr, help="learning rate, which falls to 0 (default: 1e-3)")
+    add("--max-tokens", type=int, default=AlignOptions.max_tokens, help="tokens a batch (default: 4000)")
+    add("--dropout", type=float, default=AlignOptions.dropout, help="of the small model (default: 0)")
+
+
+def add_report_arguments(group: argparse._ArgumentGroup) -> None:
+    """What is measured before and after, and how."""
+    add = group.add_argument
+    add("--sentences", type=int, default=AlignOptions.sentences, help="how many are generated and timed (default: 100)")
+    add("--batch-size", type=int, default=AlignOptions.batch_size)
+    add("--fallback", type=float, default=AlignOptions.fallback, help="threshold (default: 0.6)")
+    add("--rollback", type=float, default=AlignOptions.rollback, help="threshold (default: 2)")
+    add("--max-draft", type=int, default=AlignOptions.max_draft, help="tokens a draft (default: 10)")
+    add("--verify-end", action="store_true", help="also verify what is drafted before the end")
+    lossless_help = "fallback threshold of lossless runs (default: 0.25)"
+    add("--lossless-fallback", type=float, default=AlignOptions.lossless_fallback, help=lossless_help)
+    add_score_arguments(group)
