@@ -12,21 +12,18 @@ import json
 import resource
 from pathlib import Path
 
-import torch
-
 from bild_fairseq.experiments import benchmark, figures
 from bild_fairseq.experiments.arguments import (
     add_data_arguments,
     add_score_arguments,
     add_search_arguments,
     check_positive,
-    score_options,
 )
 from bild_fairseq.experiments.commandline import quiet, run
-from bild_fairseq.experiments.data import check_sources, device_name, first_sentences, load, make_batches
+from bild_fairseq.experiments.data import device_name, load
 from bild_fairseq.experiments.files import try_file
 from bild_fairseq.experiments.progress import progress_bar
-from bild_fairseq.experiments.scoring import Scorer
+from bild_fairseq.experiments.sample import load_sample
 from bild_fairseq.experiments.timing import measure
 from bild_fairseq.plugin.files import write_text
 
@@ -82,14 +79,11 @@ def main() -> None:
     quiet()
     args = parse_args()
     check(args)
-    torch.set_num_threads(args.threads)
     task = load(args)
-    ids = first_sentences(task, args.subset, args.sentences)
     models = benchmark.Competition(task, args, Path(__file__).with_name("ctranslate2_worker.py"))
-    check_sources(task, args.subset, ids, models.pairs())
-    scorer = Scorer(task, args.subset, ids, score_options(args))
+    sample = load_sample(task, args, models.pairs(), args.batch_size)
+    batches, scorer = sample.batches, sample.scorer
     systems = models.systems(benchmark.chosen_systems(args))
-    batches = make_batches(task.dataset(args.subset), ids, args.batch_size, cuda=args.cuda)
     turns = {"warmup": args.warmup, "turn": args.turn, "encoding": True, "floor": args.floor}
     with progress_bar(len(batches), "batch") as bar:
         measure(systems, batches, cuda=args.cuda, progress=lambda done: bar.update(done - bar.n), **turns)
@@ -97,8 +91,9 @@ def main() -> None:
     device = device_name(args.cuda, args.threads)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
     print(
-        f"{len(ids)} sentences, batch size {args.batch_size}, {device}, {'float16' if args.fp16 else 'float32'}; "
-        f"peak memory {peak / 1024:.0f} MB (all systems); {scorer.name} {scorer.signature}"
+        f"{len(sample.ids)} sentences, batch size {args.batch_size}, {device}, "
+        f"{'float16' if args.fp16 else 'float32'}; peak memory {peak / 1024:.0f} MB (all systems); "
+        f"{scorer.name} {scorer.signature}"
     )
     print(figures.table_of(rows, args.metric, scorer.name, args.brief))
     if args.brief and (conclusion := figures.conclusion_of(rows)):

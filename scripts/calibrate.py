@@ -18,13 +18,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from bild_fairseq.decoding.policies import Policy
 from bild_fairseq.errors import BildError
 from bild_fairseq.experiments import arguments, calibrate
 from bild_fairseq.experiments.commandline import quiet, run
-from bild_fairseq.experiments.data import check_sources, device_name, load
+from bild_fairseq.experiments.data import device_name, load
 from bild_fairseq.experiments.files import try_file
 from bild_fairseq.experiments.pairs import load_pairs
 from bild_fairseq.experiments.settings import policy_flags, policy_of
@@ -93,13 +91,11 @@ def main() -> None:
 
 def search(args: argparse.Namespace, settings: Sequence[Policy], started: float) -> None:
     """Finds the fastest setting, and prints it."""
-    torch.set_num_threads(args.threads)
     task = load(args)
     pair, *more = load_pairs(task, args).values()
     if more:
         raise BildError("thresholds belong to one pair of models: give one --small or one --early-exit")
     calibration = calibrate.Calibration(task, pair, args, settings)
-    check_sources(task, args.subset, calibration.ids, [pair])
     metric, within = calibration.scorer.name, f"within {args.max_loss:g} {calibration.scorer.name}"
     costs = calibration.fit_costs()
     print(f"cost: {costs}")

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 
-import torch
-
 from bild_fairseq.experiments import rounds
 from bild_fairseq.experiments.arguments import (
     add_data_arguments,
@@ -18,15 +16,14 @@ from bild_fairseq.experiments.arguments import (
     add_score_arguments,
     add_search_arguments,
     check_positive,
-    score_options,
     search_options,
 )
 from bild_fairseq.experiments.commandline import quiet, run
-from bild_fairseq.experiments.data import check_sources, first_sentences, load, make_batches
+from bild_fairseq.experiments.data import load
 from bild_fairseq.experiments.files import try_file
 from bild_fairseq.experiments.pairs import load_pairs
 from bild_fairseq.experiments.progress import progress_bar
-from bild_fairseq.experiments.scoring import Scorer
+from bild_fairseq.experiments.sample import load_sample
 from bild_fairseq.experiments.settings import parse_drafts, parse_policy
 from bild_fairseq.experiments.systems import ours
 from bild_fairseq.experiments.timing import measure
@@ -57,24 +54,20 @@ def main() -> None:
     check_positive(args, "batch_size")
     try_file("--out", args.out)
     quiet()
-    torch.set_num_threads(args.threads)
     task, search = load(args), search_options(args)
     pairs = load_pairs(task, args)
-    ids = first_sentences(task, args.subset, args.sentences)
-    check_sources(task, args.subset, ids, pairs.values())
-    batches = make_batches(task.dataset(args.subset), ids, args.batch_size, cuda=args.cuda)
-    scorer = Scorer(task, args.subset, ids, score_options(args))
-    with progress_bar(len(ids) * len(policies) * len(pairs), "sentence") as bar:
+    sample = load_sample(task, args, pairs.values(), args.batch_size)
+    with progress_bar(len(sample.ids) * len(policies) * len(pairs), "sentence") as bar:
         settings = [
-            {"method": name} | rounds.record(pair, policy, task, search, batches, scorer, bar.update)
+            {"method": name} | rounds.record(pair, policy, task, search, sample, bar.update)
             for name, pair in pairs.items()
             for policy in policies
         ]
     greedy = ours("greedy", next(iter(pairs.values())).greedy(), task, search)
-    measure([greedy], batches, cuda=args.cuda, warmup=0)
-    sentences = rounds.texts(task, args.subset, greedy.outputs, scorer)
+    measure([greedy], sample.batches, cuda=args.cuda, warmup=0)
+    sentences = rounds.texts(task, args.subset, greedy.outputs, sample.scorer)
     write_text(args.out, json.dumps({"sentences": sentences, "settings": settings}, indent=1) + "\n")
-    print(f"{len(settings)} settings of {len(ids)} sentences in {args.out}")
+    print(f"{len(settings)} settings of {len(sample.ids)} sentences in {args.out}")
 
 
 if __name__ == "__main__":

@@ -22,16 +22,15 @@ from bild_fairseq.experiments.arguments import (
     add_score_arguments,
     add_search_arguments,
     check_positive,
-    score_options,
     search_options,
 )
 from bild_fairseq.experiments.commandline import quiet, run
-from bild_fairseq.experiments.data import check_sources, device_name, first_sentences, load, make_batches
+from bild_fairseq.experiments.data import device_name, load
 from bild_fairseq.experiments.files import try_folder
 from bild_fairseq.experiments.origin import origin_of
 from bild_fairseq.experiments.pairs import load_pairs
 from bild_fairseq.experiments.progress import progress_bar
-from bild_fairseq.experiments.scoring import Scorer
+from bild_fairseq.experiments.sample import load_sample
 from bild_fairseq.experiments.work_folder import locked
 
 
@@ -61,16 +60,12 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, grid: Sequence[tuple[str, Policy]]) -> None:
     """Measures the settings that are not in the results yet."""
-    torch.set_num_threads(args.threads)
     task = load(args)
     pairs = load_pairs(task, args)
-    ids = first_sentences(task, args.subset, args.sentences)
-    check_sources(task, args.subset, ids, pairs.values())
-    batches = make_batches(task.dataset(args.subset), ids, args.batch_size, cuda=args.cuda)
-    scorer = Scorer(task, args.subset, ids, score_options(args))
+    sample = load_sample(task, args, pairs.values(), args.batch_size)
     origin = origin_of(task, pairs, args) | {
         "metric": args.metric,
-        "metric_name": scorer.name,
+        "metric_name": sample.scorer.name,
         "subwords": args.bpe,
         "batch size": args.batch_size,
         "device": device_name(args.cuda, args.threads),
@@ -83,8 +78,8 @@ def measure(args: argparse.Namespace, grid: Sequence[tuple[str, Policy]]) -> Non
     ]
     missing = sum(len(settings) for _, settings in groups)
     turns = {"cuda": args.cuda, "warmup": args.warmup, "turn": args.turn}
-    with progress_bar(missing * len(batches), "batch", smoothing=0.05) as bar:
-        sweep.measure_all(groups, results, task, search_options(args), batches, scorer, bar, **turns)
+    with progress_bar(missing * len(sample.batches), "batch", smoothing=0.05) as bar:
+        sweep.measure_all(groups, results, task, search_options(args), sample.batches, sample.scorer, bar, **turns)
     print(f"{len(results.rows)} settings in {args.out}/results.json and results.csv; {missing} measured now")
 
 

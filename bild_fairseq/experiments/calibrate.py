@@ -18,15 +18,15 @@ from fairseq.tasks import FairseqTask
 
 from ..decoding.policies import Policy
 from ..plugin.pair import Pair
-from .arguments import score_options, search_options
+from .arguments import search_options
 from .costs import TURN, CostModel, fit_costs
-from .data import first_sentences, make_batches
 from .estimates import Estimates
 from .origin import origin_of
 from .progress import progress_bar
 from .recorded import walk
 from .recorder import Record, Recorder
-from .scoring import Scorer, bootstrap_weights, quality_change
+from .sample import load_sample
+from .scoring import bootstrap_weights, quality_change
 from .settings import ENDS, parse_drafts, parse_fallbacks, parse_rollbacks
 from .systems import System, ours
 from .timing import measure, ratio
@@ -106,15 +106,14 @@ class Calibration:
         settings: the space.
 
     Raises:
-        BildError: the record, the references or a vocabulary do not fit.
+        BildError: a source is too long for a model; the record, the references or a vocabulary does not fit.
     """
 
     def __init__(self, task: FairseqTask, pair: Pair, args: argparse.Namespace, settings: Sequence[Policy]):
         self._task, self._pair, self._args, self._settings = task, pair, args, settings
         self._search = search_options(args)
-        self.ids = list(first_sentences(task, args.subset, args.sentences))
-        self._batches = make_batches(task.dataset(args.subset), self.ids, 1, cuda=args.cuda)
-        self.scorer = Scorer(task, args.subset, self.ids, score_options(args))
+        sample = load_sample(task, args, [pair], batch_size=1)
+        self.ids, self._batches, self.scorer = sample.ids, sample.batches, sample.scorer
         self.recorder = Recorder(task, args.subset, pair, self._search, self.ids, args.batch_size, args.cuda)
         self._record = Record(args.record, self.recorder, origin_of(task, {"model": pair}, args))
         eos = task.target_dictionary.eos()

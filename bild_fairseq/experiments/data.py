@@ -21,7 +21,7 @@ from .arguments import check_positive
 
 
 def load(args: argparse.Namespace) -> FairseqTask:
-    """The task with its data, of the flags that ``add_data_arguments`` adds.
+    """The task with its data, of the flags that ``add_data_arguments`` adds; torch gets as many threads as they say.
 
     Raises:
         BildError: the data, the subset, the large model's checkpoint or the GPU is missing.
@@ -31,6 +31,7 @@ def load(args: argparse.Namespace) -> FairseqTask:
         raise BildError(f"--large {args.large}: no such file")
     if args.cuda and not torch.cuda.is_available():
         raise BildError("--cuda: torch finds no GPU")
+    torch.set_num_threads(args.threads)
     task = make_task(args.data, args.source_lang, args.target_lang, args.truncate_source)
     load_subset(task, args.subset)
     return task

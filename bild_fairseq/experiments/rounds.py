@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..decoding.policies import Policy
 from ..decoding.sentence import Round
 from ..plugin.generator import BildGenerator, SearchOptions
 from ..plugin.pair import Pair
+from .sample import Sample
 from .scoring import Scorer
 from .settings import threshold_columns
 
@@ -21,8 +22,7 @@ def record(
     policy: Policy,
     task: FairseqTask,
     search: SearchOptions,
-    batches: Sequence[dict[str, Any]],
-    scorer: Scorer,
+    sample: Sample,
     progress: Callable[[int], None],
 ) -> dict[str, Any]:
     """The rounds of every sentence under one setting.
@@ -32,8 +32,7 @@ def record(
         policy: thresholds and rules.
         task: with its data.
         search: length limits.
-        batches: of sentences, fairseq's.
-        scorer: turns tokens into text.
+        sample: the sentences, and what turns tokens into text.
         progress: called with the number of sentences after each batch.
 
     Returns:
@@ -41,10 +40,10 @@ def record(
     """
     generator = BildGenerator(pair, task.target_dictionary, policy, search)
     sentences = {}
-    for batch in batches:
+    for batch in sample.batches:
         hypotheses = generator.generate([], batch)
         for i, (hypothesis,) in zip(batch["id"].tolist(), hypotheses, strict=True):
-            sentences[i] = [readable(one, scorer) for one in hypothesis["rounds"]]
+            sentences[i] = [readable(one, sample.scorer) for one in hypothesis["rounds"]]
         progress(len(batch["id"]))
     return {"policy": asdict(policy) | threshold_columns(policy), "rounds": sentences}
 
