@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import BildError
 from .base import Engine
-from .changes import sums
+from .changes import sum_of_bits, sums
 from .native import NativeEngine, missing_option
 from .proof import prove, prove_cut_head
 from .supported import unsupported_model
@@ -78,7 +78,10 @@ def remember(model: nn.Module, precision: str, engine: Engine) -> None:
 
 
 def fingerprint(model: nn.Module) -> Hashable:
-    """What changes with any weight of a model, its device or precision, and with its modules' classes and settings."""
+    """What changes with any weight of a model, its device or precision, and with its modules' classes and settings.
+
+    Hooks are settings, too.
+    """
     return (
         *((type(module), *_settings(module)) for module in model.modules()),
         *sums(model),
@@ -86,8 +89,11 @@ def fingerprint(model: nn.Module) -> Hashable:
 
 
 def _settings(module: nn.Module) -> Iterator[Hashable]:
-    """The numbers, words and functions that a module keeps beside its weights."""
+    """The numbers, words, functions, tables and hooks that a module keeps beside its weights."""
+    yield "hooks", (*module._forward_pre_hooks, *module._forward_hooks)  # each has a number of its own
     for name, value in vars(module).items():
+        if isinstance(value, torch.Tensor) and not name.startswith("_"):  # what begins so is made anew when needed
+            yield name, sum_of_bits(value)
         # A method would keep its module alive, and with it what is remembered.
         if isinstance(value, (bool, int, float, str)) or (inspect.isroutine(value) and not inspect.ismethod(value)):
             yield name, value

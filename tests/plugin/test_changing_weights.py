@@ -46,7 +46,13 @@ def other_data(model: nn.Module, other: nn.Module) -> None:
     model.decoder.output_projection.weight.data = -model.decoder.output_projection.weight.data
 
 
-CHANGES = [optimizer_of_fairseq, loading, writing, another_parameter, other_data]
+def another_order(model: nn.Module, other: nn.Module) -> None:
+    """The same numbers in other places."""
+    with torch.no_grad():
+        model.decoder.output_projection.weight.copy_(model.decoder.output_projection.weight.flip(0))
+
+
+CHANGES = [optimizer_of_fairseq, loading, writing, another_parameter, other_data, another_order]
 
 
 def generator_of(kind: str, model: nn.Module):
@@ -79,15 +85,45 @@ def test_text_is_that_of_a_new_generator(kind, change):
         assert any(len(a) != len(b) or not torch.allclose(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_a_new_generator_has_the_weights_of_now():
-    """However they were written: torch counts no change through ``.data``, and no optimizer has made a step."""
-    model = support.model(1)
-    generator_of("greedy", model)
+def writing_through_data(model: nn.Module) -> None:
+    """Torch counts no change of this kind, and no optimizer has made a step."""
     model.decoder.output_projection.weight.data.neg_()
+
+
+def swapping_through_data(model: nn.Module) -> None:
+    weight = model.decoder.output_projection.weight.data
+    weight.copy_(weight.flip(0))
+
+
+def scaling_the_position_table(model: nn.Module) -> None:
+    """A table that is no parameter and is not saved."""
+    model.decoder.embed_positions.weights = model.decoder.embed_positions.weights * 2
+
+
+def hooking_an_encoder_layer(model: nn.Module) -> None:
+    model.encoder.layers[0].register_forward_hook(lambda layer, given, out: out * 1.5)
+
+
+def hooking_what_an_encoder_layer_is_given(model: nn.Module) -> None:
+    model.encoder.layers[0].fc1.register_forward_pre_hook(lambda layer, given: (given[0] * 1.5,))
+
+
+AT_REST = [writing_through_data, swapping_through_data, scaling_the_position_table]
+AT_REST += [hooking_an_encoder_layer, hooking_what_an_encoder_layer_is_given]
+
+
+@pytest.mark.parametrize("change", AT_REST)
+def test_a_new_generator_has_the_model_of_now(change):
+    """However it was changed: what a generator before has left to be used again is not used."""
+    model = support.model(1)
+    before = generator_of("greedy", model).generate([], SAMPLE)
+    change(model)
     copied = copy.deepcopy(model).eval()
     found, wanted = (generator_of("greedy", one).generate([], SAMPLE) for one in (model, copied))
     for ours, theirs in zip(found, wanted, strict=True):
         support.assert_same_hypothesis(ours[0], theirs[0])
+    scores = [[hypotheses[0]["score"].item() for hypotheses in batch] for batch in (before, wanted)]
+    assert scores[0] != scores[1]
 
 
 def test_weights_that_stay_are_laid_out_once(monkeypatch):
