@@ -27,7 +27,8 @@ _FIRST, _FIRST_ABOVE = (4, 1, 2), (2, 3, 1)
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # In int8 an input halfway between two integers may be rounded to either one, and all that is computed from it differs.
 # So an engine may differ from the rounded model by this tolerance, and from the rounded model at most so many times as
-# much as from the model before rounding.
+# much as from the model before rounding. That misses small faults of one product, which are proved one by one as they
+# are packed, and all else is proved in float32 first.
 _INT8_TOLERANCE = 5e-2
 _INT8_FARTHER = 2.0
 

@@ -33,7 +33,7 @@ from bild_fairseq.decoding.decode import decode
 from bild_fairseq.decoding.policies import Policy
 from bild_fairseq.engines.base import Pass
 from bild_fairseq.engines.choose import engine_for
-from bild_fairseq.engines.native import NativeEngine, build, missing_option, structs
+from bild_fairseq.engines.native import NativeEngine, build, missing_option, packing, structs
 from bild_fairseq.engines.native.encoder import NativeEncoder
 from bild_fairseq.engines.precision import (
     PRECISIONS,
@@ -430,6 +430,64 @@ def test_half_precision_loses_nothing_of_a_half_checkpoint():
         logits.append(engine.run(engine.start(sample([source(range(4))])["net_input"]), step)[0].clone())
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])
+
+
+def _another_scale(values, scale):
+    return values, scale * torch.where(torch.arange(len(scale)) == 1, 1.01, 1)
+
+
+def _a_missing_input(values, scale):
+    values[1, -1] += 1 if values[1, -1] < 0 else -1
+    return values, scale
+
+
+def _rows_in_another_order(values, scale):
+    return values, scale.roll(1)
+
+
+@needs_kernels
+@pytest.mark.parametrize("fault", [_another_scale, _a_missing_input, _rows_in_another_order])
+def test_int8_products_that_are_packed_wrongly_are_refused(monkeypatch, fault):
+    """Faults of one output of one product, in int8 alone: at every other precision there are none to see."""
+    quantized = packing.quantize
+
+    def faulty(weight, precision):
+        values, scale = quantized(weight, precision)
+        return (values, scale) if scale is None or len(scale) != 300 else fault(values, scale)
+
+    monkeypatch.setattr(packing, "quantize", faulty)
+    made = model(5, **WIDE)
+    engine_for(made, "float32", "large")
+    with pytest.raises(BildError, match=r"int8 products go wrong .*\(300 outputs of 60 inputs, 1 at once\)"):
+        engine_for(made, "int8", "large")
+
+
+@pytest.fixture(scope="module")
+def faulty_kernels(tmp_path_factory):
+    """The kernels with a fault that int8 alone has: inputs are rounded down instead of to the nearest integer."""
+    folder = tmp_path_factory.mktemp("faulty")
+    source = Path(build.__file__).parent
+    change = "sed -i 's/v \\* inverse + /v * inverse - 0.5f + /' integers.h"
+    lines = [f"cp {source}/*.c {source}/*.h {folder}", f"(cd {folder} && {change})"]
+    lines.append(f'exec cc $(echo "$@" | sed "s#{source}#{folder}#g")')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setenv("CC", compiler(folder, "\n".join(lines)))
+        build.library.cache_clear()
+        assert build.library() is not None
+        assert (folder / "integers.h").read_text() != (source / "integers.h").read_text()
+        yield
+    build.library.cache_clear()
+
+
+@needs_kernels
+@pytest.mark.usefixtures("faulty_kernels")
+def test_int8_kernels_that_compute_wrongly_are_refused():
+    """Though the text would hardly show it."""
+    made = model(5)
+    engine_for(made, "bfloat16", "large")
+    with pytest.raises(BildError, match="int8 products go wrong on this machine"):
+        engine_for(made, "int8", "large")
 
 
 def test_a_rounded_copy_leaves_the_model_alone():

@@ -105,7 +105,8 @@ def _load(path: Path) -> ctypes.CDLL:
         "bild_run": (number, [address] * 3),
         "bild_draft": (number, [address] * 4),
         "bild_verify": (number, [address] * 4),
-        "bild_source_room": (number, [address, number]),
+        "bild_product_room": (number, [address, number]),
+        "bild_product": (None, [address, address, number, address, number]),
         "bild_source": (None, [*[address] * 5, number]),
     }
     for name, (result, arguments) in signatures.items():

@@ -57,7 +57,7 @@ class NativeEngine(Engine):
         state = NativeState(self._stack, len(lengths), 32 + 2 * max(lengths), self._stack.layers)
         state.reserve_source(lengths)
         source = ctypes.addressof(self._source)
-        projected = torch.empty(self._library.bild_source_room(source, len(x)))
+        projected = torch.empty(self._library.bild_product_room(source, len(x)))
         self._library.bild_source(
             *(self._stack.address, state.address, source),
             *(x.data_ptr(), projected.data_ptr(), torch.get_num_threads()),

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..heads import heads_of, layers_of
 from ..positions import position_table
-from ..precision import quantize
+from ..precision import quantize, rounded
 from ..supported import is_t5
 from . import structs
+from .integers import prove_product
 from .options import activation, decodes
 
 _HUGE_PAGE = 1 << 21
@@ -56,7 +57,7 @@ class Packer:
         return self._product(weight, bias)
 
     def _product(self, weight: Tensor, bias: Tensor | None) -> structs.Linear:
-        """A product with a matrix (out, in), and a bias (out,) or none."""
+        """A product with a matrix (out, in), and a bias (out,) or none; proved if it is in int8."""
         out, width = weight.shape
         panels = -(-out // self.panel)
         values, scale = quantize(weight, self._precision)
@@ -66,7 +67,7 @@ class Packer:
         packed[:out, :width] = values
         # (panels, in, panel); for int8 (panels, inputs in fours, panel, 4)
         packed = packed.view(panels, self.panel, groups, together).transpose(1, 2).contiguous()
-        return structs.Linear(
+        product = structs.Linear(
             in_=width,
             out=out,
             type=_TYPES[self._precision],
@@ -74,6 +75,9 @@ class Packer:
             scale=None if scale is None else self._padded(scale, panels),
             bias=None if bias is None else self._padded(bias, panels),
         )
+        if self._precision == "int8":
+            prove_product(product, rounded(weight, "int8"), bias)
+        return product
 
     def norm(self, module: nn.LayerNorm | nn.RMSNorm | None, scale: float = 1.0) -> structs.Norm:
         """A norm whose output is multiplied by something."""

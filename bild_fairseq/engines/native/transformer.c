@@ -829,10 +829,17 @@ int64_t bild_verify(const Stack *stack, const State *state, const Pass *pass, co
     return 0;
 }
 
-/* ---- The source -------------------------------------------------------------------------------------------------- */
+/* ---- One product ------------------------------------------------------------------------------------------------- */
 
-/* Floats that bild_source needs for so many rows. */
-int64_t bild_source_room(const Linear *both, int64_t rows) { return rows * both->out + integer_room(rows, both->in); }
+/* Floats that bild_product needs for so many rows. */
+int64_t bild_product_room(const Linear *l, int64_t rows) { return rows * l->out + integer_room(rows, l->in); }
+
+/* y = x W + bias, of x (rows, in); y (rows, out) has the room of bild_product_room. */
+void bild_product(const Linear *l, const float *x, int64_t rows, float *y, int64_t threads) {
+    multiply_out(crew_of(threads), (Product){l, x, rows, y, l->out, NULL, NONE}, y + rows * l->out);
+}
+
+/* ---- The source -------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     const Stack *stack;
@@ -861,14 +868,13 @@ static void store_source(const void *job, int64_t thread, int64_t unit) {
 /* Keys and values of the source, for all layers, from the encoder's output.
  *
  * both: of all layers, (layer 0 keys, layer 0 values, layer 1 keys, ...).
- * x: (rows, in), the rows of one sentence after those of another. y: scratch, with the room of bild_source_room. */
+ * x: (rows, in), the rows of one sentence after those of another. y: scratch, with the room of bild_product_room. */
 void bild_source(const Stack *stack, const State *state, const Linear *both, const float *x, float *y,
                  int64_t threads) {
-    Crew *crew = crew_of(threads);
     int64_t rows = 0, layers = both->out / (2 * attention_dim(stack));
     for (int64_t s = 0; s < state->sentences; s++) rows += state->source_lengths[s];
-    multiply_out(crew, (Product){both, x, rows, y, both->out, NULL, NONE}, y + rows * both->out);
-    share_out(crew, layers * stack->heads, store_source, &(Source){stack, state, y, both->out});
+    bild_product(both, x, rows, y, threads);
+    share_out(crew_of(threads), layers * stack->heads, store_source, &(Source){stack, state, y, both->out});
 }
 
 /* ---- What the Python side asks ----------------------------------------------------------------------------------- */
