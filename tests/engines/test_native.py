@@ -462,22 +462,17 @@ def test_int8_products_that_are_packed_wrongly_are_refused(monkeypatch, fault):
         engine_for(made, "int8", "large")
 
 
-@pytest.fixture(scope="module")
-def faulty_kernels(tmp_path_factory):
+@pytest.fixture
+def faulty_kernels(tmp_path, monkeypatch, reload):
     """The kernels with a fault that int8 alone has: inputs are rounded down instead of to the nearest integer."""
-    folder = tmp_path_factory.mktemp("faulty")
     source = Path(build.__file__).parent
     change = "sed -i 's/v \\* inverse + /v * inverse - 0.5f + /' integers.h"
-    lines = [f"cp {source}/*.c {source}/*.h {folder}", f"(cd {folder} && {change})"]
-    lines.append(f'exec cc $(echo "$@" | sed "s#{source}#{folder}#g")')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        patch.setenv("CC", compiler(folder, "\n".join(lines)))
-        build.library.cache_clear()
-        assert build.library() is not None
-        assert (folder / "integers.h").read_text() != (source / "integers.h").read_text()
-        yield
-    build.library.cache_clear()
+    lines = [f"cp {source}/*.c {source}/*.h {tmp_path}", f"(cd {tmp_path} && {change})"]
+    lines.append(f'exec cc $(echo "$@" | sed "s#{source}#{tmp_path}#g")')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", compiler(tmp_path, "\n".join(lines)))
+    assert build.library() is not None
+    assert (tmp_path / "integers.h").read_text() != (source / "integers.h").read_text()
 
 
 @needs_kernels
