@@ -19,6 +19,7 @@ from fairseq.tasks import FairseqTask
 from ..decoding.policies import Policy
 from ..plugin.pair import Pair
 from .arguments import search_options
+from .bootstrap import bootstrap_weights
 from .costs import TURN, CostModel, fit_costs
 from .estimates import Estimates
 from .origin import origin_of
@@ -26,7 +27,7 @@ from .progress import progress_bar
 from .recorded import walk
 from .recorder import Record, Recorder
 from .sample import load_sample
-from .scoring import bootstrap_weights, quality_change
+from .scoring import quality_change
 from .settings import ENDS, parse_drafts, parse_fallbacks, parse_rollbacks
 from .systems import System, ours
 from .timing import measure, ratio

@@ -9,11 +9,12 @@ import numpy as np
 from tqdm import tqdm
 
 from ..decoding.policies import Policy
+from .bootstrap import bootstrap_weights
 from .costs import CostModel, features
 from .outcomes import Outcome, outcome_of
 from .recorded import walk
 from .recorder import Recorder
-from .scoring import Scorer, bootstrap_weights
+from .scoring import Scorer
 
 
 class Estimates:

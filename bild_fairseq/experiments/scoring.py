@@ -17,6 +17,7 @@ from fairseq.tasks import FairseqTask
 from sacremoses import MosesDetokenizer
 
 from ..errors import BildError
+from .bootstrap import bootstrap_weights, interval
 from .subwords import GPT2, Marked, SentencePiece, Subwords
 
 METRIC_NAMES = {"bleu": "BLEU", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
@@ -182,11 +183,6 @@ def _bleu(total: np.ndarray) -> np.ndarray:
     return np.where((matches.sum(axis=-1) > 0) & (ngrams > 0).all(axis=-1), score, 0.0)
 
 
-def bootstrap_weights(sentences: int, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """How often each sentence is drawn in each resample of all of them: (resamples, sentences)."""
-    return np.random.default_rng(seed).multinomial(sentences, np.full(sentences, 1 / sentences), size=resamples)
-
-
 def quality_change(scorer: Scorer, ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
     """Paired difference of two outputs' corpus scores, and its 95 % bootstrap interval over sentences.
 
@@ -196,9 +192,9 @@ def quality_change(scorer: Scorer, ours: np.ndarray, theirs: np.ndarray) -> tupl
         theirs: (sentences, k), what is compared with.
     """
     weights = bootstrap_weights(len(ours))
-    resampled = np.sort(scorer.from_statistics(weights @ ours) - scorer.from_statistics(weights @ theirs))
+    resampled = scorer.from_statistics(weights @ ours) - scorer.from_statistics(weights @ theirs)
     change = scorer.from_statistics(ours.sum(axis=0)) - scorer.from_statistics(theirs.sum(axis=0))
-    return float(change), float(resampled[25]), float(resampled[974])
+    return float(change), *interval(resampled)
 
 
 def _rouge_scorer(metric: str) -> Any:
