@@ -1,4 +1,4 @@
-"""The error that a person at the terminal reads."""
+"""The error that a person at the terminal reads, and what to repeat in it of other errors."""
 
 
 class BildError(ValueError):
@@ -6,3 +6,9 @@ class BildError(ValueError):
 
     The command line prints it without a traceback.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what else it goes on about; its kind if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from ..errors import BildError
+from ..errors import BildError, first_line
 from .base import Engine
 from .changes import sum_of_bits, sums
 from .native import NativeEngine, missing_option
@@ -128,7 +128,7 @@ def _explaining(model: nn.Module, role: str) -> Iterator[None]:
     except BildError:
         raise
     except Exception as error:  # modules of a user's own may fail in any way
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise BildError(f"the {role} model ({type(model).__name__}) cannot be decoded: {reason}") from error
 
 

@@ -15,7 +15,7 @@ from fairseq.data import FairseqDataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.tasks import FairseqTask
 
-from ..errors import BildError
+from ..errors import BildError, first_line
 from ..plugin.pair import Pair
 from .arguments import check_positive
 
@@ -80,11 +80,6 @@ def load_subset(task: FairseqTask, subset: str) -> None:
         task.load_dataset(subset)
     except Exception as error:  # fairseq raises bare Exceptions here
         raise BildError(f"{task.cfg.data}: cannot load {subset}: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without what else it goes on about."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def first_sentences(task: FairseqTask, subset: str, count: int) -> range:

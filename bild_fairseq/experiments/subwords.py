@@ -7,7 +7,7 @@ from typing import Any
 
 from fairseq.data.encoders.gpt2_bpe import GPT2BPE, GPT2BPEConfig
 
-from ..errors import BildError
+from ..errors import BildError, first_line
 
 SUBWORDS = ("subword_nmt", "gpt2", "sentencepiece", "none")
 
@@ -61,9 +61,8 @@ class GPT2(Subwords):
         try:
             self._bpe = GPT2BPE(GPT2BPEConfig(gpt2_encoder_json=encoder_json, gpt2_vocab_bpe=vocab_bpe))
         except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise BildError(
-                f"--bpe gpt2: {reason}; give --gpt2-encoder-json encoder.json --gpt2-vocab-bpe vocab.bpe"
+                f"--bpe gpt2: {first_line(error)}; give --gpt2-encoder-json encoder.json --gpt2-vocab-bpe vocab.bpe"
             ) from error
 
     def join(self, line: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import re
 
+from ..errors import first_line
+
 _NO_MEMORY = re.compile("allocate|out of memory|not enough memory|bad_alloc|overflow", re.IGNORECASE)
 _EMBEDDING = re.compile(r"(?:models\.[^.]+\.)?(encoder|decoder)\.embed_tokens\.weight")
 _MISMATCH = re.compile(
@@ -23,7 +25,7 @@ def reading_error(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         return f"it cannot be read: {error.strerror}"
     if type(error).__module__.startswith("omegaconf"):
-        return f"its options and the ones that override them cannot be read: {_first_line(error)}"
+        return f"its options and the ones that override them cannot be read: {first_line(error)}"
     return _memory_or_option(error) or "it is damaged, or no checkpoint at all"
 
 
@@ -34,10 +36,10 @@ def building_error(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, ImportError):
-        return f"it needs a package that is not there: {_first_line(error)}"
+        return f"it needs a package that is not there: {first_line(error)}"
     if isinstance(error, KeyError):
-        return f"its options name {_first_line(error)}, which is not known"
-    return _memory_or_option(error) or f"its options make no model: {_first_line(error)}"
+        return f"its options name {first_line(error)}, which is not known"
+    return _memory_or_option(error) or f"its options make no model: {first_line(error)}"
 
 
 def _memory_or_option(error: Exception) -> str | None:
@@ -81,9 +83,3 @@ def _shape(sizes: str) -> str:
 
 def _and_more(names: list) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says, shortened; its kind if it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
