@@ -31,8 +31,8 @@ class Constraints:
     prefix_lengths: Sequence[int] = ()  # per row, how many tokens are forced; () for none anywhere
 
     @property
-    def depend_on_text(self) -> bool:
-        """Whether what is forbidden depends on more than the position and the forced prefix's length."""
+    def depend_on_sentence(self) -> bool:
+        """Whether a sentence's text or its source's length forbids tokens, not only position and forced prefix."""
         return bool(self.no_repeat_ngram_size) or self.exact_lengths is not None
 
     def prefix_length(self, row: int) -> int:

@@ -29,7 +29,7 @@ def _count_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-def traces(model: nn.Module) -> list[Hashable]:
+def weight_versions(model: nn.Module) -> list[Hashable]:
     """What changes whenever weights are written to or replaced; it may change although they stay the same.
 
     Torch counts the changes of a tensor, except those through ``.data``. fairseq's optimizers write that way, so the

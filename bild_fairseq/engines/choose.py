@@ -109,8 +109,8 @@ def _make(model: nn.Module, precision: str, role: str) -> Engine:
         if next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
             # Rounding in half precision hides much of what a model may compute beside its weights.
             exact = copy.deepcopy(model).float()
-            kept = "float32" if precision == "int8" else precision
-            prove(TorchEngine(exact, kept), exact, kept, role)
+            floating = "float32" if precision == "int8" else precision
+            prove(TorchEngine(exact, floating), exact, floating, role)
     return engine
 
 

@@ -239,16 +239,16 @@ class Calibration:
 
     def _row(self, policy: Policy, system: System, greedy: System) -> dict[str, Any]:
         scorer, args = self.scorer, self._args
-        ours, theirs = scorer.statistics(system.outputs), scorer.statistics(greedy.outputs)
-        weights = bootstrap_weights(len(theirs))
-        losses = scorer.from_statistics(weights @ theirs) - scorer.from_statistics(weights @ ours)
+        statistics, of_greedy = scorer.statistics(system.outputs), scorer.statistics(greedy.outputs)
+        weights = bootstrap_weights(len(of_greedy))
+        losses = scorer.from_statistics(weights @ of_greedy) - scorer.from_statistics(weights @ statistics)
         bound = float(np.quantile(losses, args.confidence))
         return {
             "setting": f"{policy.fallback_threshold:g},{policy.rollback_threshold:g}" + ",end" * policy.verify_end,
             **dataclasses.asdict(policy),
             "quality": scorer.score(system.outputs),
             "quality_greedy": scorer.score(greedy.outputs),
-            "quality_change": quality_change(scorer, ours, theirs)[0],
+            "quality_change": quality_change(scorer, statistics, of_greedy)[0],
             "loss_bound": bound,
             "within_bound": bound <= args.max_loss,
             "speedup": ratio(system.seconds, greedy.seconds),

@@ -31,7 +31,7 @@ from torch import nn
 from ..decoding.constraints import Constraints
 from ..decoding.reader import Reader
 from ..engines.base import Engine
-from ..engines.changes import traces
+from ..engines.changes import weight_versions
 from ..engines.choose import cut_head_for, engine_for
 from ..engines.precision import PRECISIONS
 from ..engines.readers import combined
@@ -117,10 +117,10 @@ class Pair:
                 cut_head_for(engine, model, self.exit_layer or engine.depth, types, precision, role)
                 for engine, model, role in drafting
             ]
-        self._seen = self._traces()
+        self._seen = self._versions()
 
-    def _traces(self) -> list[list[Hashable]]:
-        return [traces(model) for model in (*self.large, *self.small)]
+    def _versions(self) -> list[list[Hashable]]:
+        return [weight_versions(model) for model in (*self.large, *self.small)]
 
     @classmethod
     def from_args(cls, models: Sequence[nn.Module], task: FairseqTask, args: Any) -> Pair:
@@ -239,7 +239,7 @@ class Pair:
         Returns:
             the large model's reader and the reader that drafts, if something does, for ``decode``.
         """
-        if self._traces() != self._seen:
+        if self._versions() != self._seen:
             self._find_engines()
         net_input = {name: value for name, value in net_input.items() if name != "prev_output_tokens"}
         small = [

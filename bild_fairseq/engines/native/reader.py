@@ -10,10 +10,10 @@ from ..readers import EngineReader
 
 
 class NativeReader(EngineReader):
-    """Some layers of a ``NativeEngine``. Where a constraint depends on the text, it works like every other reader."""
+    """Some layers of a ``NativeEngine``. Where constraints depend on the sentence it works like other readers."""
 
     def draft(self, tokens: Tokens, rows: Sequence[int], limit: float, threshold: float) -> list[list[Prediction]]:
-        if self.constraints.depend_on_text:
+        if self.constraints.depend_on_sentence:
             return super().draft(tokens, rows, limit, threshold)
         step = self.next_pass(tokens, rows, "last", drafting=True)
         drafts = self.engine.draft(self.state, step, self.constraints, limit, threshold)
@@ -22,7 +22,7 @@ class NativeReader(EngineReader):
         return drafts
 
     def verify(self, tokens: Tokens, rows: Sequence[int]) -> list[list[Verdict]]:
-        if self.constraints.depend_on_text:
+        if self.constraints.depend_on_sentence:
             return super().verify(tokens, rows)
         step = self.next_pass(tokens, rows, "all")
         drafted = [
