@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from fairseq import checkpoint_utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from ..errors import BildError
@@ -249,9 +251,13 @@ def to_hf(arch: T5Config, model: Mapping[str, Tensor], vocabulary: Vocabulary, s
 
 
 def checkpoint(model: Mapping[str, Tensor], arch: T5Config) -> dict[str, Any]:
-    """A fairseq checkpoint of a model that fairseq has not trained; fairseq completes its configuration on loading."""
+    """A fairseq checkpoint of a model that fairseq has not trained, with a whole configuration as fairseq-train's.
+
+    With the model's options alone fairseq would complete them through Hydra each time that it loads the file.
+    """
     args = argparse.Namespace(arch="t5", task="translation", **dataclasses.asdict(arch))
-    return for_inference({"args": args}, dict(model))
+    config = OmegaConf.to_container(convert_namespace_to_omegaconf(args), resolve=True, enum_to_str=True)
+    return for_inference({"cfg": config}, dict(model))
 
 
 def _size(embedding: Tensor, tensors: Mapping[str, Tensor]) -> str:

@@ -1,5 +1,6 @@
 """T5 folders become fairseq checkpoints and come back: the same tensors, types, configuration and text."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import sentencepiece
 import t5_support
 import torch
 from cli_support import USER_DIR, Programs
+from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from safetensors.torch import load_file, save_file
 from t5_support import TIED, VARIANTS, hf_model, padded, save_folder, source_batch, sources, to_fairseq
@@ -82,7 +84,7 @@ def test_every_way_of_saving_gives_the_same_checkpoint(tmp_path, saved):
     convert(save_folder(tmp_path / "plain", model), tmp_path / "wanted")
     got, wanted = (torch.load(tmp_path / name / "model.pt") for name in ("converted", "wanted"))
     assert_same_tensors(got["model"], wanted["model"])
-    assert got["args"] == wanted["args"]
+    assert got["cfg"] == wanted["cfg"]
 
 
 def test_the_safe_unpickler_reads_the_checkpoint_and_tied_weights_are_written_once(tmp_path):
@@ -169,8 +171,35 @@ def test_output_scaling_is_read_as_each_version_of_transformers_writes_it(tmp_pa
     config = {name: value for name, value in config_of(folder).items() if not name.startswith(("tie_", "scale_"))}
     (folder / "config.json").write_text(json.dumps({**config, "transformers_version": "4.57.6", **options}))
     convert(folder, tmp_path / "converted")
-    args = torch.load(tmp_path / "converted" / "model.pt")["args"]
+    args = torch.load(tmp_path / "converted" / "model.pt")["cfg"]["model"]
     assert (args.scale_decoder_outputs, args.tie_word_embeddings) == (scaled, True)
+
+
+def test_options_are_whole_or_completed_on_loading(tmp_path, monkeypatch):
+    """A converted file is loaded as it is; one with the model's options alone, as they were once written, as well."""
+    folder, made = tmp_path / "converted", []
+    complete = checkpoint_utils.convert_namespace_to_omegaconf
+    monkeypatch.setattr(
+        checkpoint_utils, "convert_namespace_to_omegaconf", lambda args: made.append(args) or complete(args)
+    )
+    convert(save_folder(tmp_path / "hf", hf_model(UNTIED)), folder)
+    task = t5_support.task_of(folder)
+    new = t5_support.load(folder / "model.pt", task)
+    assert made == []
+
+    state = torch.load(folder / "model.pt")
+    options = {name: value for name, value in vars(state["cfg"]["model"]).items() if name != "_name"}
+    torch.save({**state, "args": argparse.Namespace(**options), "cfg": None}, tmp_path / "old.pt")
+    old = t5_support.load(tmp_path / "old.pt", task)
+    assert made
+    batch = source_batch(sources(3))["net_input"]
+    with torch.no_grad():
+        got, wanted = (model(**batch, prev_output_tokens=torch.tensor([[2, 6]] * 3))[0] for model in (old, new))
+    assert torch.equal(got, wanted)
+    restore(folder, tmp_path / "back", tmp_path / "old.pt")
+    assert_same_tensors(
+        load_file(tmp_path / "back" / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
+    )
 
 
 @pytest.fixture(scope="module")
