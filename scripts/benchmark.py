@@ -21,7 +21,7 @@ from bild_fairseq.experiments.arguments import (
 )
 from bild_fairseq.experiments.commandline import quiet, run
 from bild_fairseq.experiments.data import device_name, load
-from bild_fairseq.experiments.files import try_file
+from bild_fairseq.experiments.files import check_outputs, try_file
 from bild_fairseq.experiments.progress import progress_bar
 from bild_fairseq.experiments.sample import load_sample
 from bild_fairseq.experiments.timing import measure
@@ -71,6 +71,7 @@ def check(args: argparse.Namespace) -> None:
     check_positive(args, "batch_size", "turn")
     try_file("--json", args.json)
     try_file("--plot", args.plot)
+    check_outputs(vars(args), "json", "plot")
     if args.plot:
         figures.check_plot(args.plot)
 

@@ -23,7 +23,7 @@ from bild_fairseq.errors import BildError
 from bild_fairseq.experiments import arguments, calibrate
 from bild_fairseq.experiments.commandline import quiet, run
 from bild_fairseq.experiments.data import device_name, load
-from bild_fairseq.experiments.files import try_file
+from bild_fairseq.experiments.files import check_outputs, try_file
 from bild_fairseq.experiments.pairs import load_pairs
 from bild_fairseq.experiments.settings import policy_flags, policy_of
 from bild_fairseq.experiments.work_folder import locked_file
@@ -67,6 +67,7 @@ def check(args: argparse.Namespace) -> None:
     arguments.check_positive(args, "batch_size", "timing_sentences", "candidates")
     try_file("--record", args.record)
     try_file("--json", args.json)
+    check_outputs(vars(args), "record", "json")
 
 
 def describe(row: dict[str, Any], metric: str, args: argparse.Namespace, enough: bool) -> str:

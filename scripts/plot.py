@@ -16,6 +16,7 @@ import argparse
 from bild_fairseq.errors import BildError
 from bild_fairseq.experiments import plots, plots_curve, plots_lengths, plots_sizes, plots_tokens
 from bild_fairseq.experiments.commandline import quiet, run
+from bild_fairseq.experiments.files import check_outputs
 from bild_fairseq.plugin.files import write_text
 
 
@@ -71,6 +72,7 @@ def tokens(args: argparse.Namespace) -> None:
 def main() -> None:
     quiet()
     args = parse_args()
+    check_outputs(vars(args), "out")
     {"curve": curve, "lengths": lengths, "sizes": sizes, "tokens": tokens}[args.command](args)
     print(args.out)
 

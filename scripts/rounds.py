@@ -20,7 +20,7 @@ from bild_fairseq.experiments.arguments import (
 )
 from bild_fairseq.experiments.commandline import quiet, run
 from bild_fairseq.experiments.data import load
-from bild_fairseq.experiments.files import try_file
+from bild_fairseq.experiments.files import check_outputs, try_file
 from bild_fairseq.experiments.pairs import load_pairs
 from bild_fairseq.experiments.progress import progress_bar
 from bild_fairseq.experiments.sample import load_sample
@@ -53,6 +53,7 @@ def main() -> None:
     policies = [parse_policy(item, n) for item in args.setting or ["0.6,2"] for n in parse_drafts(args.max_draft)]
     check_positive(args, "batch_size")
     try_file("--out", args.out)
+    check_outputs(vars(args), "out")
     quiet()
     task, search = load(args), search_options(args)
     pairs = load_pairs(task, args)

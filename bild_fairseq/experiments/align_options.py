@@ -13,7 +13,7 @@ from ..errors import BildError
 from ..models.exits import parse_exit_layers
 from ..plugin.generator import SearchOptions
 from .arguments import add_score_arguments, add_search_arguments
-from .files import try_folder
+from .files import check_outputs, try_folder
 from .scoring import ScoreOptions
 
 
@@ -102,8 +102,6 @@ class AlignOptions:
         self._check_student()
         if not self.data.is_dir():
             raise BildError(f"{self.data}: no such folder; give what fairseq-preprocess wrote with --destdir")
-        if self.out.resolve() in [path.resolve() for path in (self.small, self.large) if path is not None]:
-            raise BildError(f"--out {self.out}: is one of the models that are read; name another file")
         for name in ("distill", "fallback", "lossless_fallback"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BildError(f"{flag(name)} {getattr(self, name)}: give a number from 0 to 1")
@@ -122,6 +120,7 @@ class AlignOptions:
         object.__setattr__(self, "report", self.report or self.out.with_suffix(".json"))
         if len({self.out.resolve(), self.work.resolve(), self.report.resolve()}) < 3:
             raise BildError(f"--out {self.out}: --work and --report must have other names: {self.work}, {self.report}")
+        check_outputs(vars(self), "out", "report")
 
     def _check_student(self) -> None:
         if (self.small is None) == (self.early_exit is None):
@@ -148,8 +147,9 @@ class AlignOptions:
         """
         files = {"--out": self.out, "--report": self.report}
         for name, path in (files | ({"--draft-vocab": self.vocabulary} if self.draft_vocab else {})).items():
-            if path.is_dir():
-                raise BildError(f"{name} {path}: cannot write there, that is a folder; name a file")
+            if path.exists() and not path.is_file():
+                kind = "a folder" if path.is_dir() else "no file"
+                raise BildError(f"{name} {path}: cannot write there, that is {kind}; name a file")
             try_folder(name, path.parent)
         try_folder("--work", self.work)
 

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 from fairseq.tasks import FairseqTask
 from torch import nn
@@ -19,8 +18,7 @@ from ..models.early_exit import PREFIX
 from ..models.exits import parse_exit_layers
 from ..models.truncated import exit_model
 from ..plugin.checkpoints import load_large, load_small, read
-from ..plugin.files import replacing
-from ..plugin.light import for_inference
+from ..plugin.light import for_inference, save
 from ..plugin.pair import Pair
 from .align_options import AlignOptions
 
@@ -102,8 +100,7 @@ class Exits:
         if not path.exists():
             state = read(self._options.large)
             weights = exit_weights(state["model"], self._layers, self._options.exit_own_layers)
-            with replacing(path) as temporary:
-                torch.save({**for_inference(state, weights), **with_model_options(state, self.config)}, temporary)
+            save({**for_inference(state, weights), **with_model_options(state, self.config)}, path)
         return path
 
     def pair(self, path: Path) -> Pair:

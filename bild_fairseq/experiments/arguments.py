@@ -6,6 +6,7 @@ import argparse
 
 from ..engines.precision import PRECISIONS
 from ..errors import BildError
+from ..plugin.flags import check_search
 from ..plugin.generator import SearchOptions
 from .scoring import DEFAULT_ENCODER_JSON, DEFAULT_VOCAB_BPE, METRIC_NAMES, ScoreOptions
 from .subwords import SUBWORDS
@@ -105,6 +106,12 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 
 
 def search_options(args: argparse.Namespace) -> SearchOptions:
+    """What the flags of :func:`add_search_arguments` say.
+
+    Raises:
+        BildError: one is out of range.
+    """
+    check_search(args)
     return SearchOptions(
         max_len_a=args.max_len_a,
         max_len_b=args.max_len_b,

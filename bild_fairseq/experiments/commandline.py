@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 
 from ..errors import BildError
+from ..plugin.ending import LOST_OUTPUT
+from ..plugin.files import cause
 from .processes import interrupted_by_signals
 
 
@@ -19,13 +23,32 @@ def run(name: str, main: Callable[[], None], interrupted: str = "interrupted") -
         main: reads the command line and does the work.
         interrupted: what an interruption leaves behind: Ctrl-C, or the signals TERM and HUP.
     """
+    if sys.stdout is None:
+        sys.exit(f"{name}: standard output is closed, so nothing can be printed; redirect it to a file")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
     try:
         with interrupted_by_signals():
             main()
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except BildError as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{name}: {interrupted}")
+    except OSError as error:
+        if error.errno not in LOST_OUTPUT:
+            raise
+        _drop_output()
+        sys.exit(f"{name}: what it writes is lost: {cause(error)}")
+
+
+def _drop_output() -> None:
+    """Keeps Python from writing at its end what could not be written before."""
+    with suppress(OSError, ValueError, AttributeError):
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, sys.stdout.fileno())
+        os.close(descriptor)
 
 
 def quiet() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import BildError
 from ..models.t5_config import T5Config, from_namespace
-from ..plugin.light import for_inference
+from ..plugin.light import for_inference, save
 from .hf_folder import read_config, read_sentinels, read_tensors, safetensors_library
 from .t5_vocabulary import Vocabulary, read_vocabulary
 
@@ -88,7 +88,7 @@ def convert(folder: Path, out: Path, rows: int | None = None) -> str:
             shutil.copyfile(folder / name, out / HF_FOLDER / name)
     shutil.copyfile(spiece, out / SPIECE_FILE)
     vocabulary.dictionary.save(str(out / DICT_FILE))
-    torch.save(checkpoint(model, arch), out / MODEL_FILE)
+    save(checkpoint(model, arch), out / MODEL_FILE)
     return f"{out / MODEL_FILE}: {_size(model[_EMBEDDINGS[0]], tensors)}, {len(vocabulary.ids)} symbols"
 
 

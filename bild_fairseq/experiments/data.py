@@ -16,6 +16,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.tasks import FairseqTask
 
 from ..errors import BildError, first_line
+from ..plugin.flags import check_search
 from ..plugin.pair import Pair
 from .arguments import check_positive
 
@@ -24,9 +25,10 @@ def load(args: argparse.Namespace) -> FairseqTask:
     """The task with its data, of the flags that ``add_data_arguments`` adds; torch gets as many threads as they say.
 
     Raises:
-        BildError: the data, the subset, the large model's checkpoint or the GPU is missing.
+        BildError: the data, the subset, the large model's checkpoint or the GPU is missing, or a number out of range.
     """
     check_positive(args, "sentences", "threads", "truncate_source")
+    check_search(args)
     if not Path(args.large).is_file():
         raise BildError(f"--large {args.large}: no such file")
     if args.cuda and not torch.cuda.is_available():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import BildError
 from ..plugin.files import unwritable
@@ -23,6 +25,52 @@ def try_file(flag: str, path: str | os.PathLike | None) -> None:
     reason = None if path is None else unwritable(path)
     if reason:
         raise BildError(f"{flag} {path}: cannot write there: {reason}")
+
+
+# Flags and arguments of scripts that name files, or folders of data, that are read.
+_READ = ("data", "large", "small", "early_exit", "draft_vocab", "reference", "sentencepiece_model", "rounds", "sweeps")
+_READ += ("benchmarks", "gpt2_encoder_json", "gpt2_vocab_bpe")
+
+
+def check_outputs(given: Mapping[str, Any], *outputs: str) -> None:
+    """Makes sure that no file that a script writes is one that it reads, or writes for another flag.
+
+    Args:
+        given: what each flag has, under its name with underscores.
+        outputs: the flags that name files to write; each may have nothing.
+
+    Raises:
+        BildError: naming both.
+    """
+    read = [file for name in _READ for file in _files(given.get(name))]
+    written: dict[str, str] = {}
+    for name in outputs:
+        path = given.get(name)
+        if path is None or (os.path.exists(path) and not os.path.isfile(path)):  # a device is nobody's
+            continue
+        real, flag = os.path.realpath(path), f"--{name.replace('_', '-')}"
+        if real in written:
+            raise BildError(f"{flag} {path}: {written[real]} names the same file; give each one of its own")
+        written[real] = flag
+        for file in read:
+            if os.path.exists(path) and os.path.samefile(file, path):
+                raise BildError(f"{flag} {path}: it would be written over {file}, which is read; name another file")
+
+
+def _files(value: Any) -> Iterator[str]:
+    """The files that exist among what a flag names: paths, some with a name before or a layer after, or a folder."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _files(item)
+    elif isinstance(value, (str, os.PathLike)):
+        text = os.fspath(value)
+        for path in {text, *text.partition("=")[2].split(":"), *text.split(":")}:
+            if os.path.isfile(path):
+                yield path
+            elif path and os.path.isdir(path):
+                folder = Path(path)
+                patterns = ("dict.*.txt", "*.bin", "*.idx", "results.json")
+                yield from (str(file) for pattern in patterns for file in folder.glob(pattern))
 
 
 def try_folder(flag: str, path: str | os.PathLike) -> None:

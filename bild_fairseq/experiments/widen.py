@@ -31,8 +31,8 @@ from torch import Tensor
 from ..errors import BildError
 from ..models import EarlyExitBARTModel, EarlyExitTransformerModel
 from ..plugin.checkpoints import read
-from ..plugin.files import replacing
-from ..plugin.light import for_inference
+from ..plugin.files import unwritable
+from ..plugin.light import for_inference, save
 
 # Parts of a model whose options Hydra's configurations may keep apart: "encoder_layers", or "encoder": {"layers": ...}.
 _PARTS = ("encoder", "decoder", "quant_noise")
@@ -74,6 +74,9 @@ def widen_file(path: Path, out: Path, times: int, deepen: int = 1, half: bool = 
         BildError: a file cannot be read or written, or the model cannot be widened.
     """
     state = read(path)
+    reason = unwritable(out)
+    if reason:
+        raise BildError(f"{out}: {reason}")
     if out.exists() and out.samefile(path):
         raise BildError(f"{out}: is the checkpoint that is read; give another file to write")
     try:
@@ -81,8 +84,7 @@ def widen_file(path: Path, out: Path, times: int, deepen: int = 1, half: bool = 
     except BildError as error:
         raise BildError(f"{path}: {error}") from error
     try:
-        with replacing(out) as temporary, open(temporary, "wb") as file:
-            torch.save(wide, file)
+        save(wide, out)
     except OSError as error:
         raise BildError(f"{out}: cannot write it: {error.strerror}") from error
     return count_weights(state["model"]), count_weights(wide["model"])

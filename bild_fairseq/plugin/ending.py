@@ -19,7 +19,7 @@ from .files import cause
 from .generator import BildGenerator
 
 # What only a write can end with: the reader has gone, or the disk is full.
-_LOST_OUTPUT = {errno.EPIPE, errno.ECONNRESET, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+LOST_OUTPUT = {errno.EPIPE, errno.ECONNRESET, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class _Ending:
@@ -125,7 +125,7 @@ def one_line_errors(previous: Callable[..., Any]) -> Callable[..., Any]:
             _fail(str(error))
         elif _Ending.reports and isinstance(error, KeyboardInterrupt):
             _say("bild_fairseq: interrupted")
-        elif _Ending.reports and isinstance(error, OSError) and error.filename is None and error.errno in _LOST_OUTPUT:
+        elif _Ending.reports and isinstance(error, OSError) and error.filename is None and error.errno in LOST_OUTPUT:
             _lose_output(error)
         else:
             previous(kind, error, trace)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..errors import BildError
+
 
 def unreadable(path: str | os.PathLike) -> str | None:
     """Why a path is no file to read from, in words; None if it is one."""
@@ -55,12 +57,19 @@ def cause(error: Exception) -> str:
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A file beside ``path`` to write to, which takes its place at the end; if something fails nothing is left of it.
 
-    Whatever happens, ``path`` holds its old content or the new one.
+    Whatever happens, ``path`` holds its old content or the new one. A link stays one: the file that it leads to is
+    replaced.
+
+    Raises:
+        BildError: something else than a file is there, a device for instance.
     """
-    temporary = Path(f"{os.fspath(path)}.tmp")
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise BildError(f"{path}: that is no file, so it cannot be replaced; name one")
+    temporary = Path(f"{target}.tmp")
     try:
         yield temporary
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Iterable
@@ -286,10 +287,7 @@ def _check_use(args: Any, generator: str) -> None:
 
 
 def _check_ranges(args: Any) -> None:
-    def require(name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise BildError(f"{flag(name)} {option(args, name)}: must be {wanted}")
-
+    require = functools.partial(_require, args)
     fallback, rollback = (
         option(args, "bild_fallback_threshold"),
         option(args, "bild_rollback_threshold"),
@@ -301,6 +299,16 @@ def _check_ranges(args: Any) -> None:
     require("bild_exit_layer", exit_layer is None or exit_layer >= 1, "1 or more")
     shards = option(args, "bild_small_shard_count")
     require("bild_small_shard_count", shards is None or shards >= 1, "1 or more")
+    check_search(args)
+
+
+def check_search(args: Any) -> None:
+    """Checks the options that limit and score what is generated.
+
+    Raises:
+        BildError: one is out of range.
+    """
+    require = functools.partial(_require, args)
     # Logits divided by less would not be finite.
     require("temperature", 1e-30 <= option(args, "temperature") < math.inf, "above 0 (1e-30 or more)")
     for name in ("max_len_a", "lenpen", "unkpen"):
@@ -309,3 +317,8 @@ def _check_ranges(args: Any) -> None:
     if not option(args, "max_len_a") and not option(args, "match_source_len"):
         longest = option(args, "max_len_b")
         require("min_len", option(args, "min_len") <= longest, f"--max-len-b ({longest}) or less")
+
+
+def _require(args: Any, name: str, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise BildError(f"{flag(name)} {option(args, name)}: must be {wanted}")

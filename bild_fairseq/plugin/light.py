@@ -49,14 +49,24 @@ def write_light(paths: Sequence[Path], out: Path, half: bool = True, keep_folder
             raise BildError(f"{path}: its model has other weights than that in {paths[0]}")
     options = {name: newest.get(name) for name in ("args", "cfg")}
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as temporary:
-        torch.save(
-            {
-                **for_inference(newest, mean([state["model"] for state in states], half)),
-                **(options if keep_folders else _without_folders(options)),
-            },
-            temporary,
-        )
+    light = for_inference(newest, mean([state["model"] for state in states], half))
+    save({**light, **(options if keep_folders else _without_folders(options))}, out)
+
+
+def save(state: Mapping[str, Any], out: Path) -> None:
+    """Writes a checkpoint at once, or not at all.
+
+    Raises:
+        OSError: it cannot be written; the disk is full, for instance.
+        BildError: something else than a file is there.
+    """
+    with replacing(out) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(dict(state), file)
+        except RuntimeError as error:  # what torch makes of a failed write
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def for_inference(state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -96,6 +96,8 @@ def test_draft_vocabularies_are_compared_with_none(corpus, tmp_path):
         (["--json", "."], "--json .: cannot write there"),
         (["--max-draft", "0"], "--max-draft 0: must be 1 or more"),
         (["--large", "DATA/dict.x.txt"], "DATA/dict.x.txt: "),
+        (["--max-len-a", "nan"], "--max-len-a nan: must be a finite number"),
+        (["--no-repeat-ngram-size", "-1"], "--no-repeat-ngram-size -1: must be 0 or more"),
     ],
 )
 def test_bad_input_gets_one_line_before_anything_is_measured(corpus, more, message):

@@ -1,14 +1,19 @@
 """What scripts share: files that are tried, how they end, and progress that is seen."""
 
 import io
+import os
+import shlex
 import signal
+import subprocess
 import sys
 
 import pytest
+import torch
 
 from bild_fairseq.errors import BildError
 from bild_fairseq.experiments import commandline, progress
-from bild_fairseq.experiments.files import file_digest, try_file, try_folder
+from bild_fairseq.experiments.files import check_outputs, file_digest, try_file, try_folder
+from bild_fairseq.plugin.light import save
 
 
 def test_what_can_be_written_is_not_touched(tmp_path):
@@ -30,6 +35,35 @@ def test_what_cannot_be_written_is_told_with_its_flag(tmp_path, check, path):
     (tmp_path / "f").write_text("")
     with pytest.raises(BildError, match=f"^--out {tmp_path / path}: cannot write there: "):
         check("--out", tmp_path / path)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "link.pt", "./model.pt", "data/dict.x.txt", "data/test.x-y.x.bin"])
+def test_what_is_read_is_not_written_over(tmp_path, monkeypatch, name):
+    """Whichever way it is named: a name or a layer stands beside it, a link leads to it, it is data in a folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for file in ("model.pt", "data/dict.x.txt", "data/test.x-y.x.bin", "old.json"):
+        (tmp_path / file).write_text(file)
+    (tmp_path / "link.pt").symlink_to("model.pt")
+    given = {"data": "data", "early_exit": ["exit=model.pt:2"], "subset": "old.json", "plot": None, "json": "old.json"}
+    check_outputs(given, "json", "plot")
+    with pytest.raises(BildError, match=f"^--json {name}: it would be written over "):
+        check_outputs({**given, "json": name}, "json", "plot")
+    with pytest.raises(BildError, match="^--plot ./old.json: --json names the same file"):
+        check_outputs({**given, "plot": "./old.json"}, "json", "plot")
+    check_outputs({**given, "json": "/dev/null", "plot": "/dev/null"}, "json", "plot")
+
+
+def test_only_files_are_replaced(tmp_path):
+    """A device stays what it is, a link too: the file that it leads to is written."""
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    save({"new": 1}, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and torch.load(tmp_path / "file") == {"new": 1}
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BildError, match="pipe: that is no file"):
+        save({"new": 1}, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 3
 
 
 def test_digests_tell_contents_apart(tmp_path):
@@ -54,6 +88,40 @@ def test_a_script_ends_with_one_line():
     with pytest.raises(ZeroDivisionError):
         commandline.run("name", lambda: 1 / 0)
     commandline.run("name", lambda: None)
+
+
+LIMITED = """
+import resource, signal, sys, torch
+from bild_fairseq.experiments.commandline import run
+from bild_fairseq.plugin.light import save
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+run("name", lambda: save({"weights": torch.zeros(10000)}, sys.argv[1]))
+"""
+PRINTING = """
+from bild_fairseq.experiments.commandline import run
+run("name", lambda: print("text" * 100000))
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "redirection", "line"),
+    [
+        (LIMITED, "", "name: what it writes is lost: File too large"),
+        (PRINTING, "> /dev/full", "name: what it writes is lost: No space left on device"),
+        (PRINTING, "| head -c 1 > /dev/null", "name: what it writes is lost: Broken pipe"),
+        (PRINTING, ">&-", "name: standard output is closed, so nothing can be printed; redirect it to a file"),
+        (PRINTING, "> /dev/null 2>&-", ""),
+    ],
+    ids=["checkpoint", "full", "pipe", "closed", "no errors"],
+)
+def test_what_cannot_be_written_ends_a_script_with_one_line(tmp_path, code, redirection, line):
+    """No traceback, also where Python itself writes at its end, and nothing half written stays."""
+    command = shlex.join([sys.executable, "-c", code, str(tmp_path / "out.pt")])
+    shell = f"{command} {redirection}\nexit ${{PIPESTATUS[0]}}"
+    run = subprocess.run(["bash", "-c", shell], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert (run.returncode, run.stderr.strip()) == (bool(line), line)
+    assert not list(tmp_path.iterdir())
 
 
 class Terminal(io.StringIO):

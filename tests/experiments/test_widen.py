@@ -269,7 +269,7 @@ def test_script(tmp_path, monkeypatch, capsys):
     ("name", "out", "said"),
     [
         ("narrow.pt", "narrow.pt", "give another file"),
-        ("narrow.pt", "missing/wide.pt", "missing/wide.pt: cannot write it"),
+        ("narrow.pt", "missing/wide.pt", "missing/wide.pt: there is no folder"),
         ("missing.pt", "wide.pt", "missing.pt: no such file"),
         ("text.pt", "wide.pt", "text.pt: it is damaged"),
     ],
