@@ -3,8 +3,9 @@
     python fork_server.py SOCKET                         waits for requests until standard input ends
     python fork_server.py SOCKET PROGRAM [ARGUMENTS]     has PROGRAM run: python, or one of fairseq's
 
-The server has imported fairseq, without the plugin, and nothing else. It forks a child for every request. From there on
-all is as in the program itself: arguments, folder, variables, streams, exit status, ``atexit``, uncaught errors.
+The server has imported fairseq and what its programs import on their way, without the plugin. It forks a child for
+every request. From there on all is as in the program itself: arguments, folder, variables, streams, exit status,
+``atexit``, uncaught errors.
 """
 
 import atexit
@@ -17,8 +18,10 @@ import runpy
 import select
 import socket
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -44,6 +47,20 @@ def request(
         connection.sendall(json.dumps([list(arguments), dict(environment), folder]).encode())
         connection.shutdown(socket.SHUT_WR)
         return int(connection.makefile().read())
+
+
+def remember_overrides() -> None:
+    """Has Hydra, which every program asks for its configuration, parse fairseq's defaults here, and each only once."""
+    options, utils = importlib.import_module("fairseq.options"), importlib.import_module("fairseq.dataclass.utils")
+    hydra = importlib.import_module("hydra.core.override_parser.overrides_parser").OverridesParser
+    parse = cache(hydra.create().parse_rule)
+    hydra.parse_rule = lambda parser, text, rule: parse(text, rule)
+    for parser, more in (
+        (options.get_training_parser(), ["--arch", "transformer"]),
+        (options.get_generation_parser(), ["--path", "_"]),
+    ):
+        overrides, _ = utils.override_module_args(options.parse_args_and_arch(parser, ["_", *more]))
+        hydra.create().parse_overrides(overrides)
 
 
 def serve(address: str) -> None:
@@ -125,11 +142,13 @@ def python(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) == 2:
-        for module in ("checkpoint_utils", "options", "sequence_generator", "trainer"):
+        for module in ("checkpoint_utils", "options", "quantization_utils", "sequence_scorer", "trainer"):
             importlib.import_module(f"fairseq.{module}")
-        # Every program asks Hydra for its configuration, whose parser learns from what it has read.
-        parser = importlib.import_module("hydra.core.override_parser.overrides_parser").OverridesParser.create()
-        parser.parse_overrides(["a.b=1", "a=null", "a='x'", "a='{}'", "a=[1,2]", "a=1.5e-3", "a=true", "a=[]", "a=b"])
+        for module in ("torch._dynamo", "torch.distributed.fsdp", "torch.fx.experimental.symbolic_shapes"):
+            importlib.import_module(module)  # what a program that runs a model or trains one imports on the way
+        remember_overrides()
+        # The children compile the plugin once, into a folder of their own.
+        sys.pycache_prefix, sys.dont_write_bytecode = tempfile.mkdtemp(dir=Path(sys.argv[1]).parent), False
         gc.collect()
         gc.freeze()  # a child does not search these modules for garbage when it ends, which would take a second
         serve(sys.argv[1])
