@@ -7,8 +7,8 @@ import shlex
 import signal
 import stat
 import subprocess
-import sys
 import threading
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -18,7 +18,9 @@ import support
 from cli_support import SENTENCES, USER_DIR
 from reference import Rules
 
+from bild_fairseq.decoding.counters import total
 from bild_fairseq.errors import BildError
+from bild_fairseq.plugin import generator as plugin_generator
 
 SAMPLE = support.sample([support.source([1, 2]), support.source([3])])
 
@@ -175,16 +177,22 @@ def test_output_that_cannot_be_written(corpus, tmp_path, program, redirection, s
         assert (tmp_path / "out").read_text().count("\nH-") == stats["summary"]["sentences"]
 
 
-def test_threads_that_share_a_generator_are_all_counted(tmp_path):
-    """Each sentence has a record and a number of its own, and the sums are those of the records."""
-    made, batches, interval = generator(stats_path=str(tmp_path / "stats.json")), 40, sys.getswitchinterval()
+def test_threads_that_share_a_generator_are_all_counted(tmp_path, monkeypatch):
+    """Each sentence has a record and a number of its own, and the sums are those of the records.
+
+    Adding up takes so long that another thread would surely come between, if it could.
+    """
+
+    def slow_total(counters):
+        added = total(counters)
+        time.sleep(1e-3)
+        return added
+
+    made, batches = generator(stats_path=str(tmp_path / "stats.json")), 40
     sample = {"net_input": SAMPLE["net_input"]}
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda _: made.generate([], sample), range(batches)))
-    finally:
-        sys.setswitchinterval(interval)
+    monkeypatch.setattr(plugin_generator, "total", slow_total)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: made.generate([], sample), range(batches)))
     made.finish()
     stats = json.loads((tmp_path / "stats.json").read_text())
     count = 2 * (batches + 1)  # the generator has translated one batch before
