@@ -209,7 +209,7 @@ def test_memory_does_not_grow_with_the_number_of_sentences():
 
     def growth(**more: object) -> float:
         """Bytes a sentence. What grows with every sentence grows in both spans; what is made once, only in one."""
-        made, batches, batch = generator(**more), 300, support.sample([support.source([1, 2])] * 8)
+        made, batches, batch = generator(**more), 60, support.sample([support.source([1, 2])] * 8)
         for _ in range(10):
             made.generate([], batch)
         gc.collect()
