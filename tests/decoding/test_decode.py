@@ -88,7 +88,7 @@ def assert_all_like_reference(
         assert_like_reference(hypothesis, bild(large, small, one, symbols(), rules))
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(ANY_PAIR, any_rules(**POLICY, **LIMITS, **NGRAMS), SOURCES, PADDING)
 def test_equals_the_reference(models, rules, sources, padding):
     """Tokens, counters and scores, for any thresholds, windows, rules, constraints, batches and padding.
@@ -113,7 +113,7 @@ PREFIX = st.lists(st.integers(symbols().nspecial, len(symbols()) - 1) | st.just(
 ENDING = PREFIX | PREFIX.map(lambda tokens: [*tokens, EOS])
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(ANY_PAIR, any_rules(**POLICY, **LIMITS, **NGRAMS), st.lists(st.tuples(SOURCES, ENDING), min_size=1, max_size=4))
 def test_forced_prefixes_equal_the_reference(models, rules, drawn):
     """Prefixes of different lengths in one batch: verified from the start, and scored by who reads them."""
@@ -291,7 +291,7 @@ def test_what_the_random_models_exercise(kind, verify_end):
     assert {name for name, count in seen.items() if not count} <= impossible
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(ANY_PAIR, any_rules(**POLICY, **LIMITS, **NGRAMS), st.lists(st.tuples(SOURCES, ENDING), min_size=1, max_size=3))
 def test_counters_add_up(models, rules, drawn):
     """What the counters mean to each other, whatever happens."""

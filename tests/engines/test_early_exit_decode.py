@@ -79,7 +79,7 @@ def stock(made: nn.Module, rules: Rules) -> SequenceGenerator:
     return SequenceGenerator([made], symbols(), beam_size=1, max_len_b=rules.max_len, min_len=rules.min_len)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(ANY_MODEL, EXIT, any_rules(**POLICY, **LIMITS, **NGRAMS), SOURCES, PADDING)
 def test_equals_two_models_and_the_reference(full, exit_layer, rules, sources, padding):
     """Sharing encoder, cache and hidden states changes nothing: the exit as a model of its own decodes the same."""
@@ -179,7 +179,7 @@ def test_the_random_exits_draft_tokens_of_every_fate():
     assert all(seen.values()), seen
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(ANY_MODEL, EXIT, any_rules(**POLICY), SOURCES)
 def test_no_layer_runs_twice_over_a_token(full, exit_layer, rules, sources):
     """Shallow layers run once over each token ever written, drafts included; deep ones once over what they verify.
