@@ -73,6 +73,8 @@ def completing(upgrade: Callable[[dict], dict]) -> Callable[[dict], dict]:
 
     @functools.wraps(upgrade)
     def upgrade_state_dict(state: dict) -> dict:
+        if not isinstance(state, Mapping):
+            raise BildError("it is damaged, or no checkpoint at all")
         if not state.get("optimizer_history") and "best_loss" not in state:
             state["optimizer_history"] = [{"optimizer_name": None, "lr_scheduler_state": {}, "num_updates": 0}]
             state.setdefault("last_optimizer_state", None)

@@ -106,6 +106,7 @@ def _checked_parse(parse: Callable[..., Any]) -> Callable[..., Any]:
                 large = _large_files(namespace)
                 check_stats(namespace, [*large, *_data_files(namespace)])
                 check_overrides("--model-overrides", namespace.model_overrides)
+                _check_direction(namespace)
                 if sys.stdout is None and not namespace.results_path:
                     raise BildError("standard output is closed, so nothing can be printed; redirect it to a file")
                 # A full disk would make every line of the log a traceback.
@@ -143,6 +144,18 @@ def _data_files(namespace: argparse.Namespace) -> list[str | os.PathLike]:
     folders = map(Path, utils.split_paths(getattr(namespace, "data", None) or ""))
     patterns = itertools.product(folders, ("dict.*.txt", "*.bin", "*.idx"))
     return [*(file for folder, pattern in patterns for file in folder.glob(pattern)), getattr(namespace, "input", "-")]
+
+
+def _check_direction(namespace: argparse.Namespace) -> None:
+    """Refuses one language without the other where fairseq, which then ignores it, would take another direction."""
+    given = [getattr(namespace, f"{side}_lang", None) for side in ("source", "target")]
+    folder = (utils.split_paths(getattr(namespace, "data", None) or "") or [""])[0]
+    if namespace.task != "translation" or None not in given or not os.path.isdir(folder):
+        return
+    found = data_utils.infer_language_pair(folder)
+    for flag, wanted, taken in zip(("-s", "-t"), given, found, strict=True):
+        if wanted is not None and wanted != taken:
+            raise BildError(f"{flag} {wanted} alone has no effect, and the data's files are of {taken}; give -s and -t")
 
 
 def _reporting(build: Callable[..., Any]) -> Callable[..., Any]:

@@ -314,7 +314,7 @@ def test_files_that_are_no_checkpoints_are_explained_in_one_line(task, tmp_path,
     write(path)
     large, small = messages(task, path, task.build_model(Namespace(arch="transformer_tiny", **SIZE)))
     assert large == small
-    words = {folder: "folder", pipe: "pipe", missing: "no such file"}.get(write)
+    words = {folder: "folder", pipe: "pipe", missing: "no such file", sequence: "no checkpoint at all"}.get(write)
     assert words is None or words in large
 
 

@@ -7,7 +7,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from cli_support import USER_DIR, joined, save
+from cli_support import SENTENCES, USER_DIR, joined, save
 from fairseq import checkpoint_utils, options, tasks
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq.tasks.translation_from_pretrained_bart import TranslationFromPretrainedBARTTask
@@ -450,6 +450,19 @@ def test_statistics_over_a_file_that_is_read(corpus, tmp_path, which):
     message = copy.generate(*copy.bild("--bild-stats", path), status=None).error()
     assert f"--bild-stats {path}" in message and "which is read" in message
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(("flag", "language", "found"), [("-s", "y", "x"), ("-t", "x", "y"), ("-s", "z", "x")])
+def test_one_language_that_fairseq_would_ignore(corpus, flag, language, found):
+    """It takes the direction of the data's files unless both are given, whatever the one says."""
+    arguments = [corpus.data, "--path", corpus.large, "--user-dir", USER_DIR, "--generator", "greedy"]
+    message = corpus.programs("generate", *arguments, flag, language, status=None).error()
+    assert f"{flag} {language} alone has no effect, and the data's files are of {found}" in message
+
+
+def test_one_language_that_is_that_of_the_data(corpus):
+    arguments = [corpus.data, "--path", corpus.large, "--user-dir", USER_DIR, "--generator", "greedy", "-t", "y"]
+    assert len(corpus.programs("generate", *arguments, "--max-len-b", 12).texts()) == SENTENCES
 
 
 def test_statistics_over_the_input(corpus, tmp_path):
