@@ -51,14 +51,3 @@ calibrate=()
 
 # MODELS=paper (../common/paper.sh): the large, the small and the aligned small model of the paper's authors.
 paper_models=(mT5-large-wmt2014-de-en mT5-small-wmt2014-de-en mT5-small-wmt2014-de-en-bild-aligned)
-# mT5 has no prefix. The limits, in pieces, are the authors'.
-paper_preprocess=(--longest 1024 --longest-target 128)
-# The paper's early-exit model: a head on the first of mT5-small's 8 decoder layers; the loss is the mean of both.
-# Adafactor at a constant rate with batches of 16, as in the public reproduction's trainings of mT5-small, but fewer
-# updates: training starts from the authors' fine-tuned model.
-paper_early_exit=(
-    --arch early_exit_mt5_small --exit-layers 1 --dropout 0.1
-    --optimizer adafactor --lr 2e-4 --lr-scheduler fixed --clip-norm 1.0
-    --criterion early_exit_label_smoothed_cross_entropy --label-smoothing 0
-    --batch-size 16 --max-update 50000
-)
