@@ -38,7 +38,7 @@ benchmark() {
     shift 3
     python "$root/scripts/benchmark.py" "$work/data-bin" --large "$large" --small "$small" --early-exit "$large" \
         --sentences "$count" --threads "$threads" --reference "$here/data/test.en" --lossless-fallback 0.25 \
-        --bild 0.4,2 --exit 0.6,2 "$@"
+        --bild 0.3,1.5 --exit 0.4,1 "$@"
 }
 
 echo "== Tokenizing and binarizing the test sentences"
@@ -46,8 +46,8 @@ quietly python "$here/preprocess.py" apply "$here/data" "$work" --models "$model
 
 echo "== Translating with BiLD: a few of the sentences"
 fairseq-generate "$work/data-bin" --user-dir "$root/bild_fairseq" --cpu --batch-size 32 \
-    --path "$models/large.pt" --generator bild --bild-small-path "$models/aligned.pt" --bild-fallback-threshold 0.4 \
-    --remove-bpe >"$work/out" 2>"$work/log" || { cat "$work/log" >&2; exit 1; }
+    --path "$models/large.pt" --generator bild --bild-small-path "$models/aligned.pt" \
+    --bild-fallback-threshold 0.3 --bild-rollback-threshold 1.5 --remove-bpe >"$work/out" 2>"$work/log" || { cat "$work/log" >&2; exit 1; }
 for id in 0 3 5; do
     paste -d'\t' <(echo German) <(sed -n "$((id + 1))p" "$here/data/test.de")
     grep "^D-$id	" "$work/out" | cut -f3 | sacremoses -q -l en detokenize 2>/dev/null | sed 's/^/BiLD\t/'
