@@ -21,11 +21,10 @@ from bild_fairseq.experiments.arguments import (
 )
 from bild_fairseq.experiments.commandline import quiet, run
 from bild_fairseq.experiments.data import device_name, load
-from bild_fairseq.experiments.files import check_outputs, try_file
+from bild_fairseq.experiments.files import check_outputs, try_file, write_output
 from bild_fairseq.experiments.progress import progress_bar
 from bild_fairseq.experiments.sample import load_sample
 from bild_fairseq.experiments.timing import measure
-from bild_fairseq.plugin.files import write_text
 
 
 def parse_args() -> argparse.Namespace:
@@ -102,7 +101,7 @@ def main() -> None:
     if args.json:
         found = {"arguments": vars(args), "device": device, "peak_memory_kib": peak, "signature": scorer.signature}
         found |= {"large_weights": models.large_weights(), "rows": rows}
-        write_text(args.json, json.dumps(found, indent=1) + "\n")
+        write_output("--json", args.json, json.dumps(found, indent=1) + "\n")
     if args.plot:
         figures.plot(systems, batches, args.plot)
 

@@ -23,11 +23,10 @@ from bild_fairseq.errors import BildError
 from bild_fairseq.experiments import arguments, calibrate
 from bild_fairseq.experiments.commandline import quiet, run
 from bild_fairseq.experiments.data import device_name, load
-from bild_fairseq.experiments.files import check_outputs, try_file
+from bild_fairseq.experiments.files import check_outputs, try_file, write_output
 from bild_fairseq.experiments.pairs import load_pairs
 from bild_fairseq.experiments.settings import policy_flags, policy_of
 from bild_fairseq.experiments.work_folder import locked_file
-from bild_fairseq.plugin.files import write_text
 
 
 def parse_args() -> argparse.Namespace:
@@ -113,7 +112,7 @@ def search(args: argparse.Namespace, settings: Sequence[Policy], started: float)
     for row in result["verified"]:
         print(describe(row, metric, args, enough and not args.lossless))
     if args.json:
-        write_text(args.json, json.dumps(result, indent=1) + "\n")
+        write_output("--json", args.json, json.dumps(result, indent=1) + "\n")
     best = result["best"]
     if best is None:
         raise BildError(f"no setting {'' if args.lossless else 'keeps '}{within} of greedy decoding when it is run")

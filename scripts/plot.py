@@ -16,8 +16,7 @@ import argparse
 from bild_fairseq.errors import BildError
 from bild_fairseq.experiments import plots, plots_curve, plots_lengths, plots_sizes, plots_tokens
 from bild_fairseq.experiments.commandline import quiet, run
-from bild_fairseq.experiments.files import check_outputs
-from bild_fairseq.plugin.files import write_text
+from bild_fairseq.experiments.files import check_outputs, write_output
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,10 +62,7 @@ def tokens(args: argparse.Namespace) -> None:
     if args.sentences < 1:
         raise BildError(f"--sentences {args.sentences}: must be 1 or more")
     page = plots_tokens.page(plots.read_rounds(args.rounds), args.sentences, args.title)
-    try:
-        write_text(args.out, page)
-    except OSError as error:
-        raise BildError(f"--out {args.out}: cannot write it: {error.strerror}") from error
+    write_output("--out", args.out, page)
 
 
 def main() -> None:

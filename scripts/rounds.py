@@ -20,14 +20,13 @@ from bild_fairseq.experiments.arguments import (
 )
 from bild_fairseq.experiments.commandline import quiet, run
 from bild_fairseq.experiments.data import load
-from bild_fairseq.experiments.files import check_outputs, try_file
+from bild_fairseq.experiments.files import check_outputs, try_file, write_output
 from bild_fairseq.experiments.pairs import load_pairs
 from bild_fairseq.experiments.progress import progress_bar
 from bild_fairseq.experiments.sample import load_sample
 from bild_fairseq.experiments.settings import parse_drafts, parse_policy
 from bild_fairseq.experiments.systems import ours
 from bild_fairseq.experiments.timing import measure
-from bild_fairseq.plugin.files import write_text
 
 
 def parse_args() -> argparse.Namespace:
@@ -67,7 +66,7 @@ def main() -> None:
     greedy = ours("greedy", next(iter(pairs.values())).greedy(), task, search)
     measure([greedy], sample.batches, cuda=args.cuda, warmup=0)
     sentences = rounds.texts(task, args.subset, greedy.outputs, sample.scorer)
-    write_text(args.out, json.dumps({"sentences": sentences, "settings": settings}, indent=1) + "\n")
+    write_output("--out", args.out, json.dumps({"sentences": sentences, "settings": settings}, indent=1) + "\n")
     print(f"{len(settings)} settings of {len(sample.ids)} sentences in {args.out}")
 
 

@@ -110,6 +110,9 @@ def score_prefixes(sentences: Sequence[Sentence], small: Reader, eos: int) -> No
         return
     for row, verdicts in zip(rows, small.verify(tokens, rows), strict=True):
         sentence = sentences[row]
+        if any(math.isnan(verdict.lprob) for verdict in verdicts):
+            sentence.give_up(eos, "the small model's logits are not numbers")
+            continue
         sentence.scores = [verdict.drafted_lprob for verdict in verdicts[:-1]]
         small.rollback(row, len(tokens[row]) - 1)
         if sentence.ends_in(eos):

@@ -88,8 +88,10 @@ class Sentence:
             eos: the end symbol.
             reason: what went wrong, for :attr:`failed`.
         """
-        if self.ends_in(eos):
-            self.truncate(self.generated - 1)
-        self.append(eos, -math.inf)
         self.failed = reason
         self.finish()
+        if self.ends_in(eos):
+            self.scores[-1] = -math.inf
+        else:
+            self.append(eos, -math.inf)  # no model's token, so it is in no round
+            self.counters.tokens = self.generated

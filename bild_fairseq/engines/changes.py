@@ -54,8 +54,8 @@ def sums(model: nn.Module) -> Sums:
 
 
 def sum_of_bits(value: Tensor) -> int:
-    """What changes with any number of a tensor, and with their order: a sum of all bits, each times a factor."""
-    flat = value.detach().reshape(-1)
+    """What changes with any number of a tensor and with their order: a sum of all as integers, each times a factor."""
+    flat = value.detach().reshape(-1).contiguous()
     if flat.storage_offset():
         flat = flat.clone()
     if flat.numel() * flat.element_size() % 8 == 0:

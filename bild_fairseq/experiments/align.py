@@ -18,7 +18,6 @@ import torch
 
 from ..decoding.policies import Policy
 from ..errors import BildError
-from ..plugin.files import write_text
 from ..plugin.light import write_light
 from ..plugin.pair import Pair
 from .align_options import AlignOptions
@@ -27,7 +26,7 @@ from .align_student import student
 from .align_training import Say, Train, Training, fairseq_train
 from .calibration_set import CalibrationSet, Limits, languages, task_like
 from .data import load_subset, make_batches, make_task
-from .files import file_digest
+from .files import file_digest, write_output
 from .scoring import Scorer
 from .systems import Run, System, ours
 from .timing import measure
@@ -120,7 +119,7 @@ class Alignment:
         outputs = task_like(self.task, self._calibration.data)
         outputs.load_dataset("train")
         counts = TypeCounts(outputs.dataset("train").tgt, self.task.target_dictionary)
-        write_text(self.options.vocabulary, counts.lines(size))
+        write_output("--draft-vocab", self.options.vocabulary, counts.lines(size))
         self._say(f"{self.options.vocabulary}: {counts.describe(size)}")
 
     def measure(self) -> dict[str, Any]:
@@ -140,7 +139,7 @@ class Alignment:
         self._say("measuring the small model before and after")
         report = {"settings": settings} | self._compare()
         options.report.parent.mkdir(parents=True, exist_ok=True)
-        write_text(options.report, json.dumps(report, indent=1) + "\n")
+        write_output("--report", options.report, json.dumps(report, indent=1) + "\n")
         return report
 
     def _compare(self) -> dict[str, Any]:

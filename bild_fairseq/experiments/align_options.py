@@ -13,7 +13,7 @@ from ..errors import BildError
 from ..models.exits import parse_exit_layers
 from ..plugin.generator import SearchOptions
 from .arguments import add_score_arguments, add_search_arguments
-from .files import check_outputs, try_folder
+from .files import check_outputs, try_file, try_folder
 from .scoring import ScoreOptions
 
 
@@ -120,7 +120,7 @@ class AlignOptions:
         object.__setattr__(self, "report", self.report or self.out.with_suffix(".json"))
         if len({self.out.resolve(), self.work.resolve(), self.report.resolve()}) < 3:
             raise BildError(f"--out {self.out}: --work and --report must have other names: {self.work}, {self.report}")
-        check_outputs(vars(self), "out", "report")
+        check_outputs({**vars(self), **vars(self.score)}, "out", "report")
 
     def _check_student(self) -> None:
         if (self.small is None) == (self.early_exit is None):
@@ -150,6 +150,8 @@ class AlignOptions:
             if path.exists() and not path.is_file():
                 kind = "a folder" if path.is_dir() else "no file"
                 raise BildError(f"{name} {path}: cannot write there, that is {kind}; name a file")
+            if path.exists():
+                try_file(name, path)
             try_folder(name, path.parent)
         try_folder("--work", self.work)
 

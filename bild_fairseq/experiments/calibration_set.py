@@ -161,8 +161,7 @@ class CalibrationSet:
 
     def _has_end(self, source: Tensor, target: Tensor) -> bool:
         """False for an output that the length limit cut: its end is nobody's choice."""
-        search = self._options.search
-        return len(target) <= min(int(search.max_len_a * len(source) + search.max_len_b), self._limits.target)
+        return len(target) <= self._options.search.longest(len(source), self._limits.target + 1)
 
 
 def task_like(task: FairseqTask, data: Path) -> FairseqTask:

@@ -44,7 +44,10 @@ def run(name: str, main: Callable[[], None], interrupted: str = "interrupted") -
 
 
 def _drop_output() -> None:
-    """Keeps Python from writing at its end what could not be written before."""
+    """Keeps Python from writing at its end what could not be written before. What can be written is."""
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        return
     with suppress(OSError, ValueError, AttributeError):
         descriptor = os.open(os.devnull, os.O_WRONLY)
         os.dup2(descriptor, sys.stdout.fileno())

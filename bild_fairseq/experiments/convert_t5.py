@@ -72,8 +72,7 @@ def convert(folder: Path, out: Path, rows: int | None = None) -> str:
     Raises:
         BildError: the folder is something else, or a library that reads it is missing.
     """
-    if out.resolve() == folder.resolve():
-        raise BildError(f"{out}: is the folder that is read; name another one")
+    _check_apart(out, folder, out / HF_FOLDER)
     config = read_config(folder)
     spiece = folder / SPIECE_FILE
     if not spiece.is_file():
@@ -90,6 +89,12 @@ def convert(folder: Path, out: Path, rows: int | None = None) -> str:
     vocabulary.dictionary.save(str(out / DICT_FILE))
     save(checkpoint(model, arch), out / MODEL_FILE)
     return f"{out / MODEL_FILE}: {_size(model[_EMBEDDINGS[0]], tensors)}, {len(vocabulary.ids)} symbols"
+
+
+def _check_apart(out: Path, read: Path, *written: Path) -> None:
+    """Refuses an output folder that is the one that is read, itself or in a folder that is written in it."""
+    if read.resolve() in {path.resolve() for path in (out, *written)}:
+        raise BildError(f"{out}: the folder {read} is read, and would be written over; name another one")
 
 
 def restore(folder: Path, out: Path, checkpoint_path: Path | None = None) -> str:
@@ -109,6 +114,8 @@ def restore(folder: Path, out: Path, checkpoint_path: Path | None = None) -> str
     original, spiece = folder / HF_FOLDER, folder / SPIECE_FILE
     if not (original.is_dir() and spiece.is_file()):
         raise BildError(f"{folder}: has no {HF_FOLDER}/ and {SPIECE_FILE}; give a folder that was converted from T5's")
+    _check_apart(out, folder)
+    _check_apart(out, original)
     config = read_config(original)
     path = checkpoint_path or folder / MODEL_FILE
     state = checkpoint_utils.load_checkpoint_to_cpu(str(path))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BildError
-from ..plugin.files import unwritable
+from ..plugin.files import cause, unwritable, write_text
 
 
 def try_file(flag: str, path: str | os.PathLike | None) -> None:
@@ -25,6 +25,18 @@ def try_file(flag: str, path: str | os.PathLike | None) -> None:
     reason = None if path is None else unwritable(path)
     if reason:
         raise BildError(f"{flag} {path}: cannot write there: {reason}")
+
+
+def write_output(flag: str, path: str | os.PathLike, text: str) -> None:
+    """Writes a result to the file that a flag names.
+
+    Raises:
+        BildError: it cannot be written.
+    """
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise BildError(f"{flag} {path}: it cannot be written: {cause(error)}") from error
 
 
 # Flags and arguments of scripts that name files, or folders of data, that are read.

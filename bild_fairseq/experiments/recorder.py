@@ -147,12 +147,11 @@ class Recorder:
 
     def _limits(self, sentence: int) -> Constraints:
         search, words = self._search, self._dictionary
-        longest = search.max_len_a * int(self._dataset.src_sizes[sentence]) + search.max_len_b
         return Constraints(
             pad=words.pad(),
             unk=words.unk(),
             eos=words.eos(),
-            max_len=min(int(longest), self._pair.max_positions - 1),
+            max_len=search.longest(int(self._dataset.src_sizes[sentence]), self._pair.max_positions),
             min_len=search.min_len,
             no_repeat_ngram_size=search.no_repeat_ngram_size,
         )

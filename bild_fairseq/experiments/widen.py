@@ -73,12 +73,12 @@ def widen_file(path: Path, out: Path, times: int, deepen: int = 1, half: bool = 
     Raises:
         BildError: a file cannot be read or written, or the model cannot be widened.
     """
-    state = read(path)
     reason = unwritable(out)
     if reason:
         raise BildError(f"{out}: {reason}")
-    if out.exists() and out.samefile(path):
+    if out.exists() and path.exists() and out.samefile(path):
         raise BildError(f"{out}: is the checkpoint that is read; give another file to write")
+    state = read(path)
     try:
         wide = widen(state, times, deepen, half)
     except BildError as error:

@@ -40,6 +40,16 @@ class SearchOptions:
     temperature: float = 1.0
     no_repeat_ngram_size: int = 0
 
+    def longest(self, source: int, positions: int) -> int:
+        """How many tokens a hypothesis may have before its end symbol.
+
+        Args:
+            source: tokens of the source.
+            positions: that the models have.
+        """
+        wanted = self.max_len_a * source + self.max_len_b  # any number, perhaps infinite
+        return int(max(-1, min(wanted, positions - 1)))
+
 
 class BildGenerator:
     """Generates with a large model and, if there is one, a small model that drafts for it.
@@ -110,7 +120,8 @@ class BildGenerator:
             expect.
 
         Raises:
-            BildError: lexical constraints, a minimum length above the maximum, or too few types to draft among.
+            BildError: lexical constraints, a minimum length above the maximum, a source that is longer than what the
+                models can write where both must be of one length, or too few types to draft among.
         """
         if constraints is not None:
             raise BildError("lexical constraints are not supported; leave --constraints out")
@@ -167,9 +178,13 @@ class BildGenerator:
         if options.match_source_len:
             lengths = self._source_lengths(net_input).tolist()
             max_len = max(lengths)
+            if max_len > self.pair.max_positions - 1:
+                raise BildError(
+                    f"--match-source-len: a source has {max_len} tokens, the models write at most "
+                    f"{self.pair.max_positions - 1}; leave longer sources out"
+                )
         else:
-            wanted = options.max_len_a * width + options.max_len_b  # any number, perhaps infinite
-            max_len = int(max(-1, min(wanted, self.pair.max_positions - 1)))
+            max_len = options.longest(width, self.pair.max_positions)
         if options.min_len > max_len:
             raise BildError(f"--min-len {options.min_len} is above the maximum length, {max_len}; lower it")
         self._check_enough_types(max_len)

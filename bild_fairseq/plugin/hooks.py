@@ -153,6 +153,8 @@ def _check_direction(namespace: argparse.Namespace) -> None:
     if namespace.task != "translation" or None not in given or not os.path.isdir(folder):
         return
     found = data_utils.infer_language_pair(folder)
+    if None in found:
+        raise BildError(f"{folder}: its files do not name the languages; give both -s and -t")
     for flag, wanted, taken in zip(("-s", "-t"), given, found, strict=True):
         if wanted is not None and wanted != taken:
             raise BildError(f"{flag} {wanted} alone has no effect, and the data's files are of {taken}; give -s and -t")

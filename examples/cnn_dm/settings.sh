@@ -7,7 +7,7 @@ metric=${METRIC:-rougeLsum}
 valid_sentences=13368
 test_sentences=11490
 
-# The large model and the trainings of ../common/bart.sh, which has all other settings.
+# The large model and the trainings of ../common/bart.sh, which has the settings that both share.
 bart=bart.large.cnn
 updates=20000
 update_freq=4

@@ -7,7 +7,7 @@ metric=${METRIC:-rougeL}
 valid_sentences=11332
 test_sentences=11334
 
-# The large model and the trainings of ../common/bart.sh, which has all other settings.
+# The large model and the trainings of ../common/bart.sh, which has the settings that both share.
 bart=bart.large.xsum
 updates=15000
 update_freq=2

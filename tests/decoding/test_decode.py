@@ -500,6 +500,17 @@ def test_the_smaller_position_limit_of_both_models_holds():
         assert len(hypothesis["tokens"]) <= 9
 
 
+def test_a_source_that_is_longer_than_what_the_models_can_write_is_no_length_to_match():
+    """Beyond its learned positions a decoder has nothing to read; the longest source that fits is translated."""
+    large = model(3, decoder_learned_pos=True, **PRE_NORM)
+    small = model(3, decoder_learned_pos=True, max_target_positions=9, **PRE_NORM)
+    made = generator([large], [small], Rules(), source_lengths=lambda net_input: net_input["src_lengths"])
+    (hypothesis,) = hypotheses(made, sample([source(range(7))]))
+    assert len(hypothesis["tokens"]) == 9
+    with pytest.raises(BildError, match="--match-source-len: a source has 9 tokens, the models write at most 8; "):
+        made.generate([], sample([source(range(8)), source([1])]))
+
+
 @pytest.mark.parametrize("start", [LARGE, SMALL])
 def test_sources_of_any_length_share_a_batch(start):
     """A source of only the end symbol, one of one token and one at the position limit, together and alone."""
@@ -558,6 +569,20 @@ def test_nan_names_the_sentence_and_leaves_the_others_alone(caplog, sick, start,
     counters = found[1]["counters"]
     assert counters.tokens == len(found[1]["tokens"])
     assert counters.drafted == counters.accepted + counters.discarded + counters.unverified
+    assert sum(len(one.drafted) for one in found[1]["rounds"]) == counters.drafted
+
+
+def test_nan_over_a_forced_prefix_names_the_sentence(caplog):
+    """Also where the prefix is a whole sentence, which no model goes on with."""
+    large, small = pair("agreeing", 2)
+    made = generator([large], [poisoned(small, 0)], Rules(start=SMALL))
+    batch = sample([source([4, POISON]), source([6])], ids=[8, 9])
+    word = symbols().nspecial
+    (sick,), (healthy,) = made.generate([], batch, prefix_tokens=torch.tensor([[word, EOS], [word, EOS]]))
+    assert (sick["tokens"].tolist(), healthy["tokens"].tolist()) == ([word, EOS], [word, EOS])
+    assert sick["score"] == -math.inf and healthy["score"].isfinite()
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "sentence 8: the small model's logits are not numbers" in warning
 
 
 def test_nan_in_greedy_decoding_names_the_sentence(caplog):
@@ -568,6 +593,7 @@ def test_nan_in_greedy_decoding_names_the_sentence(caplog):
     (wanted,) = hypotheses(generator([large], [], Rules(), alone=True), sample(sources[1:]))
     assert_same_hypothesis(healthy, wanted)
     assert sick["score"] == -math.inf
+    assert not any(one.drafted for one in sick["rounds"])
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "sentence 8" in warning
 

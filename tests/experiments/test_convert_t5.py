@@ -383,8 +383,18 @@ def test_the_way_back_needs_a_converted_folder_and_its_own_model(folders, tmp_pa
     other = folders[TIED][1] / "model.pt"
     with pytest.raises(BildError, match=r"feed_forward_proj is relu, in hf/config.json gated-gelu"):
         restore(folders[UNTIED][1], tmp_path / "out", other)
-    with pytest.raises(BildError, match=r"is the folder that is read; name another one"):
-        convert(folders[TIED][0], folders[TIED][0])
+
+
+def test_a_folder_is_not_written_over_itself(folders, tmp_path):
+    """Nor over the copy that it holds of what it was converted from."""
+    theirs, ours = folders[TIED]
+    (tmp_path / "hf").symlink_to(theirs)
+    for written in (theirs, tmp_path):
+        with pytest.raises(BildError, match="is read, and would be written over; name another one"):
+            convert(theirs, written)
+    for written in (ours, ours / "hf"):
+        with pytest.raises(BildError, match="is read, and would be written over; name another one"):
+            restore(ours, written)
 
 
 def test_script_ends_with_one_line(programs):

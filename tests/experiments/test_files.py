@@ -98,6 +98,17 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 run("name", lambda: save({"weights": torch.zeros(10000)}, sys.argv[1]))
 """
+LATE = """
+import resource, signal, sys
+from bild_fairseq.experiments.commandline import run
+from bild_fairseq.experiments.files import write_output
+def main():
+    print("all that was measured")
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    write_output("--json", sys.argv[1], "x" * 10000)
+run("name", main)
+"""
 PRINTING = """
 from bild_fairseq.experiments.commandline import run
 run("name", lambda: print("text" * 100000))
@@ -122,6 +133,15 @@ def test_what_cannot_be_written_ends_a_script_with_one_line(tmp_path, code, redi
     run = subprocess.run(["bash", "-c", shell], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert (run.returncode, run.stderr.strip()) == (bool(line), line)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_printed_stays_when_a_file_cannot_be_written(tmp_path):
+    command = [sys.executable, "-c", LATE, str(tmp_path / "out.json")]
+    with (tmp_path / "printed").open("w") as printed:
+        run = subprocess.run(command, stdout=printed, stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 1
+    assert run.stderr.strip() == f"name: --json {tmp_path / 'out.json'}: it cannot be written: File too large"
+    assert (tmp_path / "printed").read_text() == "all that was measured\n"
 
 
 class Terminal(io.StringIO):

@@ -460,6 +460,15 @@ def test_one_language_that_fairseq_would_ignore(corpus, flag, language, found):
     assert f"{flag} {language} alone has no effect, and the data's files are of {found}" in message
 
 
+def test_one_language_where_the_folder_names_none(corpus, tmp_path):
+    """As with dictionaries alone, which are enough for fairseq-interactive."""
+    for language in ("x", "y"):
+        shutil.copy(corpus.data / f"dict.{language}.txt", tmp_path)
+    arguments = [tmp_path, "--path", corpus.large, "--user-dir", USER_DIR, "--generator", "greedy"]
+    message = corpus.programs("interactive", *arguments, "-s", "x", status=None).error()
+    assert message.endswith(f"{tmp_path}: its files do not name the languages; give both -s and -t")
+
+
 def test_one_language_that_is_that_of_the_data(corpus):
     arguments = [corpus.data, "--path", corpus.large, "--user-dir", USER_DIR, "--generator", "greedy", "-t", "y"]
     assert len(corpus.programs("generate", *arguments, "--max-len-b", 12).texts()) == SENTENCES
