@@ -106,7 +106,7 @@ def _checked_parse(parse: Callable[..., Any]) -> Callable[..., Any]:
                 large = _large_files(namespace)
                 check_stats(namespace, [*large, *_data_files(namespace)])
                 check_overrides("--model-overrides", namespace.model_overrides)
-                _check_direction(namespace)
+                _check_data(namespace)
                 if sys.stdout is None and not namespace.results_path:
                     raise BildError("standard output is closed, so nothing can be printed; redirect it to a file")
                 # A full disk would make every line of the log a traceback.
@@ -146,11 +146,16 @@ def _data_files(namespace: argparse.Namespace) -> list[str | os.PathLike]:
     return [*(file for folder, pattern in patterns for file in folder.glob(pattern)), getattr(namespace, "input", "-")]
 
 
-def _check_direction(namespace: argparse.Namespace) -> None:
-    """Refuses one language without the other where fairseq, which then ignores it, would take another direction."""
+def _check_data(namespace: argparse.Namespace) -> None:
+    """Refuses a data folder that is not there; and one language without the other where fairseq, which then ignores it,
+    would take another direction."""
     given = [getattr(namespace, f"{side}_lang", None) for side in ("source", "target")]
     folder = (utils.split_paths(getattr(namespace, "data", None) or "") or [""])[0]
-    if namespace.task != "translation" or None not in given or not os.path.isdir(folder):
+    if namespace.task != "translation" or not folder:
+        return
+    if not os.path.isdir(folder):
+        raise BildError(f"{folder}: no such folder; give one that fairseq-preprocess has made")
+    if None not in given:
         return
     found = data_utils.infer_language_pair(folder)
     if None in found:

@@ -297,6 +297,7 @@ def _load_drafting(
     known_task, known_key, small = _drafting.get(large[0], (None, None, []))
     if known_task is not task or known_key != key:
         small = load_small(paths, task, large[0], loading)
+        _warn_of_larger(small, large)
         _drafting[large[0]] = task, key, small
     limits = task.max_positions()
     # Tasks of several languages have limits for each pair of them.
@@ -309,6 +310,18 @@ def _warn_of_overflow(models: Sequence[nn.Module]) -> None:
     """Says so where a T5 is in float16, whose range its hidden states can leave; the text is then none."""
     if any(is_t5(model.decoder) and model.decoder.embed_tokens.weight.dtype is torch.float16 for model in models):
         logger.warning("T5 overflows in float16; leave --fp16 out, or give --bild-precision bfloat16 instead of it")
+
+
+def _warn_of_larger(small: Sequence[nn.Module], large: Sequence[nn.Module]) -> None:
+    """Says so where the small model is the larger one, as after the two were swapped."""
+    sizes = [
+        sum(weight.numel() for model in models for weight in model.decoder.parameters()) for models in (small, large)
+    ]
+    if sizes[0] > sizes[1]:
+        logger.warning(
+            f"the small model's decoder has {sizes[0]:,} weights, the large one's {sizes[1]:,}; are --path and "
+            "--bild-small-path swapped?"
+        )
 
 
 def has_exits(models: Sequence[nn.Module]) -> bool:

@@ -4,7 +4,7 @@
 #
 #   bash run.sh [--all] [SENTENCES]
 #
-# SENTENCES (default 100, at most 300) are timed. With --all every system is timed, in float32 and in int8. Needs
+# SENTENCES (default 100, 5 to 300) are timed. With --all every system is timed, in float32 and in int8. Needs
 # Python 3.10 to 3.12; makes a virtual environment and installs what is missing if none is active.
 set -euo pipefail
 
@@ -16,6 +16,10 @@ if [[ ${1:-} == --all ]]; then
     shift
 fi
 sentences=${1:-100}
+if (($# > 1)) || ! [[ $sentences =~ ^[1-9][0-9]{0,2}$ ]] || ((sentences < 5 || sentences > 300)); then
+    echo "usage: bash run.sh [--all] [SENTENCES], a number from 5 to 300" >&2
+    exit 2
+fi
 threads=${OMP_NUM_THREADS:-2}
 export OMP_NUM_THREADS=$threads
 

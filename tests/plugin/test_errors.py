@@ -460,6 +460,22 @@ def test_one_language_that_fairseq_would_ignore(corpus, flag, language, found):
     assert f"{flag} {language} alone has no effect, and the data's files are of {found}" in message
 
 
+def test_swapped_models_are_warned_of(corpus):
+    """They decode, and well, but the summary calls the small one the large one."""
+    swapped = dataclasses.replace(corpus, large=corpus.small, small=corpus.large)
+    assert (
+        "are --path and --bild-small-path swapped?" in swapped.generate(*swapped.bild("--max-source-positions", 40)).err
+    )
+    assert "swapped?" not in corpus.generate(*corpus.bild()).err
+
+
+def test_no_data_folder(corpus, tmp_path):
+    folder = tmp_path / "none"
+    arguments = [folder, "--path", corpus.large, "--user-dir", USER_DIR, "--generator", "greedy"]
+    message = corpus.programs("generate", *arguments, status=None).error()
+    assert message.endswith(f"{folder}: no such folder; give one that fairseq-preprocess has made")
+
+
 def test_one_language_where_the_folder_names_none(corpus, tmp_path):
     """As with dictionaries alone, which are enough for fairseq-interactive."""
     for language in ("x", "y"):
