@@ -84,14 +84,14 @@ class Sentence:
     def give_up(self, eos: int, reason: str) -> None:
         """Ends a sentence that cannot go on, keeping what it has; its score becomes -inf.
 
+        Its last round then holds the end symbol behind what was drafted, though no model has written it.
+
         Args:
             eos: the end symbol.
             reason: what went wrong, for :attr:`failed`.
         """
+        if self.ends_in(eos):
+            self.truncate(self.generated - 1)
+        self.append(eos, -math.inf)
         self.failed = reason
         self.finish()
-        if self.ends_in(eos):
-            self.scores[-1] = -math.inf
-        else:
-            self.append(eos, -math.inf)  # no model's token, so it is in no round
-            self.counters.tokens = self.generated

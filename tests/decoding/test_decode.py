@@ -569,7 +569,6 @@ def test_nan_names_the_sentence_and_leaves_the_others_alone(caplog, sick, start,
     counters = found[1]["counters"]
     assert counters.tokens == len(found[1]["tokens"])
     assert counters.drafted == counters.accepted + counters.discarded + counters.unverified
-    assert sum(len(one.drafted) for one in found[1]["rounds"]) == counters.drafted
 
 
 def test_nan_over_a_forced_prefix_names_the_sentence(caplog):
@@ -593,7 +592,6 @@ def test_nan_in_greedy_decoding_names_the_sentence(caplog):
     (wanted,) = hypotheses(generator([large], [], Rules(), alone=True), sample(sources[1:]))
     assert_same_hypothesis(healthy, wanted)
     assert sick["score"] == -math.inf
-    assert not any(one.drafted for one in sick["rounds"])
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "sentence 8" in warning
 

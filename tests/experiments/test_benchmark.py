@@ -76,7 +76,7 @@ def test_draft_vocabularies_are_compared_with_none(corpus, tmp_path):
     rows = {row["system"]: row for row in json.loads(file.read_text())["rows"]}
     names = ("bild lossless", "bild (0.6,2)", "exit 1 lossless")
     assert {f"{name}{label}" for name in names for label in ("", ", 6 types")} <= rows.keys()
-    assert rows["bild lossless"]["drafted"] != rows["bild lossless, 6 types"]["drafted"]
+    assert any(rows[name]["drafted"] != rows[f"{name}, 6 types"]["drafted"] for name in names)
     assert rows["bild lossless, 6 types"]["differ_from_greedy"] == 0
     assert rows["exit 1 lossless, 6 types"]["tokens"] == rows["early-exit model, full depth"]["tokens"]
 
