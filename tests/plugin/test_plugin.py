@@ -262,7 +262,7 @@ print(json.dumps({name: config[name] for name in config if name.startswith("bild
 
 def test_flags_reach_the_generation_config(corpus):
     def parsed(parser, *flags):
-        arguments = [parser, "program", "data", "--user-dir", USER_DIR, "--path", corpus.large, *flags]
+        arguments = [parser, "program", corpus.data, "--user-dir", USER_DIR, "--path", corpus.large, *flags]
         return json.loads(corpus.programs("python", FLAGS, *arguments).out)
 
     given = {
