@@ -1,4 +1,4 @@
-"""The error that a person at the terminal reads, and what to repeat in it of other errors."""
+"""The error that a person at the terminal reads, and the words in it for options and for other errors."""
 
 
 class BildError(ValueError):
@@ -12,3 +12,8 @@ def first_line(error: Exception) -> str:
     """What an error says, without what else it goes on about; its kind if it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+def flag(name: str) -> str:
+    """An option as it is spelt on the command line."""
+    return "--" + name.replace("_", "-")

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bild_fairseq.decoding.policies import Policy
-from bild_fairseq.errors import BildError
+from bild_fairseq.errors import BildError, flag
 from bild_fairseq.experiments import arguments, calibrate
 from bild_fairseq.experiments.commandline import quiet, run
 from bild_fairseq.experiments.data import device_name, load
@@ -51,9 +51,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     for name in ("max_loss", "confidence", "candidates", "rollback", "verify_end"):
         if args.lossless and getattr(args, name) != parser.get_default(name):
-            raise BildError(
-                f"--{name.replace('_', '-')} has no effect with --lossless, which loses nothing; leave it out"
-            )
+            raise BildError(f"{flag(name)} has no effect with --lossless, which loses nothing; leave it out")
     return args
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..decoding.policies import Policy
-from ..errors import BildError
+from ..errors import BildError, flag
 from ..models.exits import parse_exit_layers
 from ..plugin.generator import SearchOptions
 from .arguments import add_score_arguments, add_search_arguments
@@ -163,11 +163,6 @@ class AlignOptions:
         """Some settings, or limits of the search, under the names of their flags: what a step depends on."""
         values = {**dataclasses.asdict(self.search), **vars(self)}
         return {flag(name): values[name] for name in names}
-
-
-def flag(name: str) -> str:
-    """The flag of a setting."""
-    return "--" + name.replace("_", "-")
 
 
 def add_student_arguments(parser: argparse.ArgumentParser) -> None:

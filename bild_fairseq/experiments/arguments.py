@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..engines.precision import PRECISIONS
-from ..errors import BildError
+from ..errors import BildError, flag
 from ..plugin.flags import check_search
 from ..plugin.generator import SearchOptions
 from .scoring import DEFAULT_ENCODER_JSON, DEFAULT_VOCAB_BPE, METRIC_NAMES, ScoreOptions
@@ -102,7 +102,7 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise BildError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+            raise BildError(f"{flag(name)} {value}: must be 1 or more")
 
 
 def search_options(args: argparse.Namespace) -> SearchOptions:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import BildError
+from ..errors import BildError, flag
 from ..plugin.files import cause, unwritable, write_text
 
 
@@ -60,13 +60,13 @@ def check_outputs(given: Mapping[str, Any], *outputs: str) -> None:
         path = given.get(name)
         if path is None or (os.path.exists(path) and not os.path.isfile(path)):  # a device is nobody's
             continue
-        real, flag = os.path.realpath(path), f"--{name.replace('_', '-')}"
+        real, spelt = os.path.realpath(path), flag(name)
         if real in written:
-            raise BildError(f"{flag} {path}: {written[real]} names the same file; give each one of its own")
-        written[real] = flag
+            raise BildError(f"{spelt} {path}: {written[real]} names the same file; give each one of its own")
+        written[real] = spelt
         for file in read:
             if os.path.exists(path) and os.path.samefile(file, path):
-                raise BildError(f"{flag} {path}: it would be written over {file}, which is read; name another file")
+                raise BildError(f"{spelt} {path}: it would be written over {file}, which is read; name another file")
 
 
 def _files(value: Any) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import BildError
+from ..errors import BildError, flag
 
 
 def gelu_new(x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class T5Config:
             raise BildError(f"--feed-forward-proj {self.feed_forward_proj} is not supported; it must be {known}")
         for name in ("d_model", "d_kv", "d_ff", "num_heads", "num_layers"):
             if getattr(self, name) < 1:
-                raise BildError(f"{_flag(name)} {getattr(self, name)}: give a number above 0")
+                raise BildError(f"{flag(name)} {getattr(self, name)}: give a number above 0")
         if self.missing_rows < 0:
             raise BildError(f"--missing-rows {self.missing_rows}: give a number of rows, 0 for none")
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
@@ -101,11 +101,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             kind = {"choices": list(FEED_FORWARD)}
         else:
             kind = {"type": option.type}
-        parser.add_argument(_flag(option.name), help=option.metadata["help"], **kind)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+        parser.add_argument(flag(option.name), help=option.metadata["help"], **kind)
 
 
 # T5 1.0 (Raffel et al., 2020).

@@ -15,7 +15,7 @@ from fairseq.dataclass.configs import GenerationConfig
 
 from ..decoding.policies import Policy
 from ..engines.precision import PRECISIONS
-from ..errors import BildError
+from ..errors import BildError, flag
 from .checkpoints import Loading
 from .files import unreadable, unwritable
 
@@ -158,11 +158,6 @@ def option(args: Any, name: str) -> Any:
     """
     value = getattr(args, name, None)
     return _DEFAULTS[name] if value is None else value
-
-
-def flag(name: str) -> str:
-    """An option as it is spelt on the command line."""
-    return "--" + name.replace("_", "-")
 
 
 def policy(args: Any) -> Policy:
