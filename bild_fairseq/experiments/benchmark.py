@@ -56,7 +56,7 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         default="float32",
         help="weights of this package's systems: float32, float16, bfloat16, int8, or two of them joined by +, for the "
-        "large model and the small one; several, joined by commas, are compared (default: float32)",
+        "large model and for what drafts; several, joined by commas, are compared (default: float32)",
     )
     parser.add_argument(
         "--ctranslate2-threads",
@@ -195,8 +195,8 @@ class Competition:
         """A system of this package at every precision that it can have."""
         made = []
         for text, (precision, small_precision) in self._precisions.items():
-            if precision == small_precision or pair.small:
-                small = small_precision if pair.small else None
+            if precision == small_precision or not pair.alone:
+                small = None if pair.alone else small_precision
                 exact = dataclasses.replace(pair, precision=precision, small_precision=small)
                 title = name if text == "float32" else f"{name} {text}"
                 made.append(ours(title, exact, self._task, self._search, policy))

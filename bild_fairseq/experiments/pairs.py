@@ -35,15 +35,18 @@ def with_small(large: Pair, path: str, task: FairseqTask, small_precision: str) 
     return dataclasses.replace(large.drafted_by(path, task), small_precision=small_precision)
 
 
-def with_exit(large: Pair, layer: int | None = None) -> Pair:
+def with_exit(large: Pair, layer: int | None = None, small_precision: str | None = None) -> Pair:
     """An early-exit model with one of its exits, the lowest unless given.
+
+    Args:
+        small_precision: of the exit's weights; None for the same.
 
     Raises:
         BildError: the model has no exits, or not this one.
     """
     if not has_exits(large.large):
         raise BildError(f"--early-exit {large.large_path}: the model has no exits")
-    return large.drafted_by_exit(layer)
+    return dataclasses.replace(large.drafted_by_exit(layer), small_precision=small_precision)
 
 
 def load_pairs(task: FairseqTask, args: argparse.Namespace) -> dict[str, Pair]:
@@ -57,10 +60,6 @@ def load_pairs(task: FairseqTask, args: argparse.Namespace) -> dict[str, Pair]:
         raise BildError("--fp16 and --precision both set the weights' precision; give one of them")
     if not args.small and not args.early_exit:
         raise BildError("nothing drafts: give --small NAME=PATH or --early-exit NAME=PATH")
-    if args.early_exit and small_precision != precision:
-        raise BildError(
-            f"--precision {args.precision}: an exit has the large model's precision; leave +{small_precision} out"
-        )
     small = [named(item, "--small") for item in args.small]
     exits = [named(item, "--early-exit") for item in args.early_exit]
     check_names([name for name, _ in small + exits])
@@ -71,7 +70,7 @@ def load_pairs(task: FairseqTask, args: argparse.Namespace) -> dict[str, Pair]:
         path, layer = _layered(path)
         if path not in large:
             large[path] = Pair.load(path, task=task, **options)
-        pairs[name] = with_exit(large[path], layer)
+        pairs[name] = with_exit(large[path], layer, small_precision)
     if args.draft_vocab is not None:
         pairs = {name: pair.drafting_among(args.draft_vocab, task, "--draft-vocab") for name, pair in pairs.items()}
         print(f"drafting among {next(iter(pairs.values())).draft_vocabulary}")

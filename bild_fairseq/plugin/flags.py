@@ -101,8 +101,8 @@ class BildGenerationConfig(GenerationConfig):
     bild_small_precision: ChoiceEnum(["same", *PRECISIONS]) = field(
         default="same",
         metadata={
-            "help": "weights of the small model's matrices, where they are to differ: a small model in int8 drafts "
-            "faster for a large one in float32, which verifies as exactly as ever (default: same)"
+            "help": "weights of the matrices that draft, the small model's or the exit's, where they are to differ: in "
+            "int8 they draft faster for a large model in float32, which verifies as exactly as ever (default: same)"
         },
     )
     bild_draft_vocab: Optional[str] = field(
@@ -268,10 +268,6 @@ def _check_use(args: Any, generator: str) -> None:
     for name in ("bild_precision", "bild_small_precision"):
         if option(args, name) != _DEFAULTS[name] and getattr(args, "fp16", False):
             raise BildError(f"--fp16 and {flag(name)} both set the weights' precision; give one of them")
-    if str(option(args, "bild_small_precision")) != "same" and not option(args, "bild_small_path"):
-        raise BildError(
-            "--bild-small-precision is that of the model in --bild-small-path; an exit has --bild-precision"
-        )
     own = {"bild_small_overrides": small_loading(args).overrides}
     own |= {name: option(args, name) is not None for name in ("bild_small_suffix", "bild_small_shard_count")}
     for name, given in own.items():

@@ -37,6 +37,7 @@ from ..engines.precision import PRECISIONS
 from ..engines.readers import combined
 from ..engines.supported import is_t5
 from ..errors import BildError
+from ..models import exit_model
 from ..models.exits import ExitHeads
 from .checkpoints import Loading, check_positions, check_task, load_large, load_small
 from .draft_vocabulary import DraftVocabulary
@@ -59,7 +60,8 @@ class Pair:
             without the layers above. Not together with ``small``.
         alone: nothing drafts: ``large``, or its exit, decodes greedily.
         precision: of the weights, one of ``PRECISIONS``.
-        small_precision: of the small model's weights; None for the same.
+        small_precision: of the weights that draft, the small model's or the exit's; None for the same. An exit of
+            another precision is run by an engine of its own, beside the large model's.
         large_path: checkpoints that ``large`` comes from, joined by ``:``; for :meth:`flags` only.
         small_path: checkpoints that ``small`` comes from, joined by ``:``; for :meth:`flags` only.
         draft_vocabulary: the types that the small model or the exit drafts among; None for all.
@@ -69,7 +71,8 @@ class Pair:
             option that cannot be decoded; one line that says so.
 
     Attributes:
-        large_engines, small_engines: what runs the models, one each. An exit is run by the large model's engine.
+        large_engines, small_engines: what runs the models, one each. An exit is run by the large model's engine, unless
+            it has another precision.
     """
 
     large: Sequence[nn.Module]
@@ -83,7 +86,7 @@ class Pair:
     draft_vocabulary: DraftVocabulary | None = None
     large_engines: list[Engine] = field(init=False, repr=False)
     small_engines: list[Engine] = field(init=False, repr=False)
-    _cuts: list[int | None] = field(init=False, repr=False)  # what each model that drafts, or its exit, drafts with
+    _cuts: list[int | None] = field(init=False, repr=False)  # the head that each model, or its exit, drafts with
     _seen: list[list[Hashable]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -96,8 +99,8 @@ class Pair:
             raise BildError("nothing drafts: give a small model or an exit layer")
         if self.exit_layer is not None:
             check_exit(self.large, self.exit_layer)
-        elif self.small_precision not in (None, self.precision) and not self.small:
-            raise BildError("there is no small model whose weights could have a precision of their own")
+        if self.alone and self.small_precision not in (None, self.precision):
+            raise BildError("nothing drafts whose weights could have a precision of their own")
         if self.alone and self.draft_vocabulary is not None:
             raise BildError("a draft vocabulary is of what drafts; here nothing does")
         self._find_engines()
@@ -105,19 +108,29 @@ class Pair:
     def _find_engines(self) -> None:
         self.large_engines = [engine_for(model, self.precision, "large") for model in self.large]
         precision = self.small_precision or self.precision
-        self.small_engines = [engine_for(model, precision, "small") for model in self.small]
-        drafting = [(*one, "small") for one in zip(self.small_engines, self.small, strict=True)]
-        if self.exit_layer is not None:
-            precision = self.precision
-            drafting = [(*one, "large") for one in zip(self.large_engines, self.large, strict=True)]
-        self._cuts = [None] * len(drafting)
-        if self.draft_vocabulary is not None:
-            types = self.draft_vocabulary.types
-            self._cuts = [
-                cut_head_for(engine, model, self.exit_layer or engine.depth, types, precision, role)
-                for engine, model, role in drafting
-            ]
+        apart = self.exit_layer is not None and not self.alone and precision != self.precision
+        small = [_exit_model(model, self.exit_layer) for model in self.large] if apart else self.small
+        self.small_engines = [engine_for(model, precision, "small") for model in small]
+        self._cuts = self._cut_heads(small, precision)
         self._seen = self._versions()
+
+    @property
+    def _exit_shares(self) -> bool:
+        """Whether an exit drafts with the large model's engine."""
+        return self.exit_layer is not None and not self.alone and not self.small_engines
+
+    def _cut_heads(self, small: Sequence[nn.Module], precision: str) -> list[int | None]:
+        """What each small model, or each large one's exit, drafts with; None for the head over all types."""
+        if self._exit_shares:
+            drafting = [(*one, self.exit_layer, "large") for one in zip(self.large_engines, self.large, strict=True)]
+        else:
+            drafting = [
+                (engine, one, engine.depth, "small") for engine, one in zip(self.small_engines, small, strict=True)
+            ]
+        if self.draft_vocabulary is None:
+            return [None] * len(drafting)
+        types = self.draft_vocabulary.types
+        return [cut_head_for(engine, model, depth, types, precision, role) for engine, model, depth, role in drafting]
 
     def _versions(self) -> list[list[Hashable]]:
         return [weight_versions(model) for model in (*self.large, *self.small)]
@@ -195,7 +208,7 @@ class Pair:
     def drafted_by_exit(self, exit_layer: int | None = None) -> Pair:
         """The same large model with one of its exits, the lowest unless given."""
         layer = lowest_exit(self.large) if exit_layer is None else exit_layer
-        return dataclasses.replace(self, small=(), small_path=None, small_precision=None, exit_layer=layer, alone=False)
+        return dataclasses.replace(self, small=(), small_path=None, exit_layer=layer, alone=False)
 
     def drafting_among(self, path: str, task: FairseqTask, flag: str = "--bild-draft-vocab") -> Pair:
         """The same models, which draft among the types of a file; see :meth:`DraftVocabulary.load`."""
@@ -210,9 +223,11 @@ class Pair:
 
     def small_alone(self) -> Pair:
         """What drafts, decoding greedily without the large model, and among all types."""
-        if not self.small:
-            return dataclasses.replace(self, alone=True, draft_vocabulary=None)
         precision = self.small_precision or self.precision
+        if not self.small:
+            return dataclasses.replace(
+                self, alone=True, precision=precision, small_precision=None, draft_vocabulary=None
+            )
         return Pair(self.small, alone=True, precision=precision, large_path=self.small_path)
 
     @property
@@ -242,20 +257,21 @@ class Pair:
         if self._versions() != self._seen:
             self._find_engines()
         net_input = {name: value for name, value in net_input.items() if name != "prev_output_tokens"}
+        cuts = iter(self._cuts)
         small = [
-            engine.reader(engine.start(net_input), (0, engine.depth), constraints, cut=cut)
-            for engine, cut in zip(self.small_engines, self._cuts if self.small else (), strict=True)
+            engine.reader(engine.start(net_input), (0, engine.depth), constraints, cut=next(cuts))
+            for engine in self.small_engines
         ]
         large = []
-        for number, engine in enumerate(self.large_engines):
+        for engine in self.large_engines:
             state = engine.start(net_input)
-            if self.exit_layer is None or self.alone:
-                large.append(engine.reader(state, (0, self.exit_layer or engine.depth), constraints))
-            else:
-                cut = self._cuts[number]
-                shallow = engine.reader(state, (0, self.exit_layer), constraints, keep=True, cut=cut)
+            if self._exit_shares:
+                shallow = engine.reader(state, (0, self.exit_layer), constraints, keep=True, cut=next(cuts))
                 small.append(shallow)
                 large.append(engine.reader(state, (self.exit_layer, engine.depth), constraints, below=shallow))
+            else:
+                depth = self.exit_layer if self.alone and self.exit_layer else engine.depth
+                large.append(engine.reader(state, (0, depth), constraints))
         return combined(large, constraints, temperature), combined(small, constraints, temperature) if small else None
 
     def flags(self) -> str:
@@ -322,6 +338,19 @@ def _warn_of_larger(small: Sequence[nn.Module], large: Sequence[nn.Module]) -> N
             f"the small model's decoder has {sizes[0]:,} weights, the large one's {sizes[1]:,}; are --path and "
             "--bild-small-path swapped?"
         )
+
+
+# By early-exit model: its exits as models of their own, by layer, and the modules that they were made of.
+_exits: WeakKeyDictionary[nn.Module, dict[int, tuple[list[nn.Module], nn.Module]]] = WeakKeyDictionary()
+
+
+def _exit_model(model: nn.Module, exit_layer: int) -> nn.Module:
+    """An exit as a model of its own; the same one while the model's modules are, so that its engine is found again."""
+    exits = _exits.setdefault(model, {})
+    modules = [*model.encoder.modules(), *model.decoder.modules()]
+    if exit_layer not in exits or exits[exit_layer][0] != modules:
+        exits[exit_layer] = modules, exit_model(model, exit_layer)
+    return exits[exit_layer][1]
 
 
 def has_exits(models: Sequence[nn.Module]) -> bool:

@@ -1,5 +1,6 @@
 """Early exit: one decoder drafts from its shallow layers and verifies with the rest."""
 
+import dataclasses
 import functools
 import math
 from argparse import Namespace
@@ -33,8 +34,12 @@ from support import (
 )
 from torch import nn
 
+from bild_fairseq.decoding.policies import Policy
 from bild_fairseq.errors import BildError
 from bild_fairseq.models import exit_model
+from bild_fairseq.plugin.draft_vocabulary import DraftVocabulary
+from bild_fairseq.plugin.generator import BildGenerator
+from bild_fairseq.plugin.pair import Pair
 
 OWN = {"exit_share_output_projection": False}
 VARIANTS = {
@@ -90,6 +95,19 @@ def test_equals_two_models_and_the_reference(full, exit_layer, rules, sources, p
     for one, hypothesis, two_models in zip(sources, found, wanted, strict=True):
         assert_same_hypothesis(hypothesis, two_models)
         assert_like_reference(hypothesis, bild([full], [small], one, symbols(), rules))
+
+
+@settings(max_examples=20)
+@given(ANY_MODEL, EXIT, any_rules(**POLICY, **LIMITS), SOURCES, st.sampled_from(["float16", "int8"]), st.booleans())
+def test_an_exit_with_another_precision_equals_two_models(full, exit_layer, rules, sources, precision, few):
+    """It reads its layers anew in that precision; the large model's pass begins at the bottom, as without exits."""
+    types = DraftVocabulary.of(range(7, len(symbols())), symbols()).types if few else None
+    rules = dataclasses.replace(rules, draft_types=types)
+    batch = sample(sources)
+    found = hypotheses(generator([full], [], rules, exit_layer=exit_layer, small_precision=precision), batch)
+    wanted = hypotheses(generator([full], [exit_model(full, exit_layer)], rules, small_precision=precision), batch)
+    for hypothesis, two_models in zip(found, wanted, strict=True):
+        assert_same_hypothesis(hypothesis, two_models)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -154,17 +172,44 @@ def test_an_exit_alone_is_its_model_decoding_greedily(full, exit_layer, sources)
         assert hypothesis["counters"].small_calls == 0
 
 
+@pytest.mark.parametrize("small_precision", [None, "int8"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_lossless_is_fairseqs_greedy_output_of_the_full_depth(variant):
-    """Rollback threshold 0 with a verified end, whatever the exit drafts."""
+def test_lossless_is_fairseqs_greedy_output_of_the_full_depth(variant, small_precision):
+    """Rollback threshold 0 with a verified end, whatever the exit drafts, and in whatever precision."""
     full = early_exit(variant, 0)
     rules = Rules(fallback_threshold=0.2, rollback_threshold=0.0, verify_end=True, start=SMALL)
     batch = sample([source(range(start, 2 * start + 1)) for start in range(5)])
     wanted = hypotheses(stock(full, rules), batch)
     for exit_layer in (1, 2):
-        found = hypotheses(generator([full], [], rules, exit_layer=exit_layer), batch)
-        for hypothesis, greedy in zip(found, wanted, strict=True):
+        made = generator([full], [], rules, exit_layer=exit_layer, small_precision=small_precision)
+        for hypothesis, greedy in zip(hypotheses(made, batch), wanted, strict=True):
             assert_same_hypothesis(hypothesis, greedy)
+
+
+def test_an_exit_with_another_precision_alone():
+    """Its pair drafts with it in that precision; alone it decodes in it, and that is what the flags say."""
+    full, batch = early_exit("pre-norm", 0), sample([source([1, 2, 3, 4]), source([5])])
+    made = Pair([full], exit_layer=2, small_precision="int8", large_path="large.pt")
+    assert made.flags() == "--path large.pt --generator bild --bild-exit-layer 2 --bild-small-precision int8"
+    alone = made.small_alone()
+    assert alone.flags() == "--path large.pt --generator greedy --bild-exit-layer 2 --bild-precision int8"
+    found = hypotheses(BildGenerator(alone, symbols(), Policy()), batch)
+    wanted = hypotheses(
+        BildGenerator(Pair([exit_model(full, 2)], alone=True, precision="int8"), symbols(), Policy()), batch
+    )
+    for hypothesis, greedy in zip(found, wanted, strict=True):
+        assert_same_hypothesis(hypothesis, greedy)
+    with pytest.raises(BildError, match="nothing drafts"):
+        Pair([full], alone=True, small_precision="int8")
+
+
+def test_an_exit_keeps_its_engine_until_its_weights_change():
+    full = early_exit("pre-norm", 1)
+    first, second = (Pair([full], exit_layer=1, small_precision="int8") for _ in range(2))
+    assert first.small_engines == second.small_engines
+    with torch.no_grad():
+        full.decoder.exit_layer_norms["1"].weight.mul_(2)
+    assert Pair([full], exit_layer=1, small_precision="int8").small_engines != first.small_engines
 
 
 def test_the_random_exits_draft_tokens_of_every_fate():

@@ -79,6 +79,7 @@ def test_values_out_of_range(chosen, named):
         {"bild_fallback_threshold": 0.0, "bild_rollback_threshold": 0.0},
         {"bild_fallback_threshold": 1.0, "bild_rollback_threshold": float("inf"), "bild_max_draft": 1},
         {"min_len": 300, "max_len_a": 2.0},
+        {"bild_exit_layer": 1, "bild_small_precision": "int8"},
     ],
 )
 def test_values_at_the_ends_of_the_ranges_are_accepted(chosen):
@@ -110,10 +111,6 @@ def test_half_precision_and_rounded_weights(name):
     chosen = config(bild_small_path=__file__, **{name: "int8"})
     check(chosen)
     assert "--fp16" in message_of(check, Namespace(**vars(chosen), fp16=True))
-
-
-def test_an_exit_has_no_precision_of_its_own():
-    assert "--bild-small-precision" in message_of(check, config(bild_small_precision="int8"))
 
 
 @pytest.mark.parametrize("chosen", [{"bild_exit_layer": 1}, {"bild_stats": "stats.json"}])
