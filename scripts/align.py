@@ -27,8 +27,9 @@ from bild_fairseq.experiments.align_options import (
     add_training_arguments,
 )
 from bild_fairseq.experiments.align_report import table
-from bild_fairseq.experiments.arguments import add_language_arguments, score_options, search_options
+from bild_fairseq.experiments.arguments import add_language_arguments, score_options
 from bild_fairseq.experiments.commandline import quiet, run
+from bild_fairseq.plugin.search import SearchOptions
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -65,7 +66,7 @@ def parse_options(arguments: Sequence[str]) -> AlignOptions:
     fields = {field.name for field in dataclasses.fields(AlignOptions)}
     named = {name: value for name, value in vars(args).items() if name in fields}
     cuda = torch.cuda.is_available() and not args.cpu
-    search, score = search_options(args), score_options(args)
+    search, score = SearchOptions.from_args(args), score_options(args)
     return AlignOptions(**named, cuda=cuda, search=search, score=score, train_flags=tuple(arguments[end + 1 :]))
 
 

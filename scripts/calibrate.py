@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bild_fairseq.decoding.policies import Policy
-from bild_fairseq.errors import BildError, flag
+from bild_fairseq.errors import BildError, flag, require
 from bild_fairseq.experiments import arguments, calibrate
 from bild_fairseq.experiments.commandline import quiet, run
 from bild_fairseq.experiments.data import device_name, load
@@ -57,10 +57,8 @@ def parse_args() -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Raises BildError for what the options alone can tell."""
-    if not args.max_loss >= 0:
-        raise BildError(f"--max-loss {args.max_loss}: must be 0 or more")
-    if not 0.5 <= args.confidence < 1:
-        raise BildError(f"--confidence {args.confidence}: must be at least 0.5 and below 1")
+    require(args.max_loss >= 0, "max_loss", args.max_loss, "0 or more")
+    require(0.5 <= args.confidence < 1, "confidence", args.confidence, "at least 0.5 and below 1")
     arguments.check_positive(args, "batch_size", "timing_sentences", "candidates")
     try_file("--record", args.record)
     try_file("--json", args.json)

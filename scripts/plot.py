@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 
-from bild_fairseq.errors import BildError
 from bild_fairseq.experiments import plots, plots_curve, plots_lengths, plots_sizes, plots_tokens
+from bild_fairseq.experiments.arguments import check_positive
 from bild_fairseq.experiments.commandline import quiet, run
 from bild_fairseq.experiments.files import check_outputs, write_output
 
@@ -59,8 +59,7 @@ def sizes(args: argparse.Namespace) -> None:
 
 
 def tokens(args: argparse.Namespace) -> None:
-    if args.sentences < 1:
-        raise BildError(f"--sentences {args.sentences}: must be 1 or more")
+    check_positive(args, "sentences")
     page = plots_tokens.page(plots.read_rounds(args.rounds), args.sentences, args.title)
     write_output("--out", args.out, page)
 

@@ -16,7 +16,6 @@ from bild_fairseq.experiments.arguments import (
     add_score_arguments,
     add_search_arguments,
     check_positive,
-    search_options,
 )
 from bild_fairseq.experiments.commandline import quiet, run
 from bild_fairseq.experiments.data import load
@@ -27,6 +26,7 @@ from bild_fairseq.experiments.sample import load_sample
 from bild_fairseq.experiments.settings import parse_drafts, parse_policy
 from bild_fairseq.experiments.systems import ours
 from bild_fairseq.experiments.timing import measure
+from bild_fairseq.plugin.search import SearchOptions
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,7 +54,7 @@ def main() -> None:
     try_file("--out", args.out)
     check_outputs(vars(args), "out")
     quiet()
-    task, search = load(args), search_options(args)
+    task, search = load(args), SearchOptions.from_args(args)
     pairs = load_pairs(task, args)
     sample = load_sample(task, args, pairs.values(), args.batch_size)
     with progress_bar(len(sample.ids) * len(policies) * len(pairs), "sentence") as bar:

@@ -22,7 +22,6 @@ from bild_fairseq.experiments.arguments import (
     add_score_arguments,
     add_search_arguments,
     check_positive,
-    search_options,
 )
 from bild_fairseq.experiments.commandline import quiet, run
 from bild_fairseq.experiments.data import device_name, load
@@ -32,6 +31,7 @@ from bild_fairseq.experiments.pairs import load_pairs
 from bild_fairseq.experiments.progress import progress_bar
 from bild_fairseq.experiments.sample import load_sample
 from bild_fairseq.experiments.work_folder import locked
+from bild_fairseq.plugin.search import SearchOptions
 
 
 def parse_args() -> argparse.Namespace:
@@ -60,7 +60,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, grid: Sequence[tuple[str, Policy]]) -> None:
     """Measures the settings that are not in the results yet."""
-    task = load(args)
+    task, search = load(args), SearchOptions.from_args(args)
     pairs = load_pairs(task, args)
     sample = load_sample(task, args, pairs.values(), args.batch_size)
     origin = origin_of(task, pairs, args) | {
@@ -79,7 +79,7 @@ def measure(args: argparse.Namespace, grid: Sequence[tuple[str, Policy]]) -> Non
     missing = sum(len(settings) for _, settings in groups)
     turns = {"cuda": args.cuda, "warmup": args.warmup, "turn": args.turn}
     with progress_bar(missing * len(sample.batches), "batch", smoothing=0.05) as bar:
-        sweep.measure_all(groups, results, task, search_options(args), sample.batches, sample.scorer, bar, **turns)
+        sweep.measure_all(groups, results, task, search, sample.batches, sample.scorer, bar, **turns)
     print(f"{len(results.rows)} settings in {args.out}/results.json and results.csv; {missing} measured now")
 
 

@@ -21,8 +21,9 @@ from bild_fairseq.decoding.policies import Policy
 from bild_fairseq.engines.base import Pass
 from bild_fairseq.engines.choose import engine_for, remember
 from bild_fairseq.plugin.draft_vocabulary import DraftVocabulary
-from bild_fairseq.plugin.generator import BildGenerator, SearchOptions
+from bild_fairseq.plugin.generator import BildGenerator
 from bild_fairseq.plugin.pair import Pair
+from bild_fairseq.plugin.search import SearchOptions
 
 WORDS = 20
 MAX_POSITIONS = 100

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..decoding.policies import Policy
 from ..errors import BildError, flag
 from ..models.exits import parse_exit_layers
-from ..plugin.generator import SearchOptions
+from ..plugin.search import SearchOptions
 from .arguments import add_score_arguments, add_search_arguments
 from .files import check_outputs, try_file, try_folder
 from .scoring import ScoreOptions

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..engines.precision import PRECISIONS
-from ..errors import BildError, flag
-from ..plugin.flags import check_search
-from ..plugin.generator import SearchOptions
+from ..errors import require
 from .scoring import DEFAULT_ENCODER_JSON, DEFAULT_VOCAB_BPE, METRIC_NAMES, ScoreOptions
 from .subwords import SUBWORDS
 
@@ -101,23 +99,7 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
     """
     for name in names:
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise BildError(f"{flag(name)} {value}: must be 1 or more")
-
-
-def search_options(args: argparse.Namespace) -> SearchOptions:
-    """What the flags of :func:`add_search_arguments` say.
-
-    Raises:
-        BildError: one is out of range.
-    """
-    check_search(args)
-    return SearchOptions(
-        max_len_a=args.max_len_a,
-        max_len_b=args.max_len_b,
-        min_len=args.min_len,
-        no_repeat_ngram_size=args.no_repeat_ngram_size,
-    )
+        require(value is None or value >= 1, name, value, "1 or more")
 
 
 def score_options(args: argparse.Namespace) -> ScoreOptions:

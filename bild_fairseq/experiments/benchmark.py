@@ -13,7 +13,8 @@ from ..decoding.policies import Policy
 from ..errors import BildError
 from ..plugin.draft_vocabulary import DraftVocabulary
 from ..plugin.pair import Pair
-from .arguments import check_positive, search_options
+from ..plugin.search import SearchOptions
+from .arguments import check_positive
 from .ctranslate2_system import ctranslate2_system
 from .pairs import check_names, named, parse_precision, with_exit
 from .settings import parse_policy
@@ -130,7 +131,7 @@ class Competition:
 
     def __init__(self, task: FairseqTask, args: argparse.Namespace, worker: Path):
         self._task, self._args, self._worker = task, args, worker
-        self._search = search_options(args)
+        self._search = SearchOptions.from_args(args)
         self._precisions = precisions(args)
         first, _ = next(iter(self._precisions.values()))
         options = {"alone": True, "precision": first, "cuda": args.cuda, "fp16": args.fp16}

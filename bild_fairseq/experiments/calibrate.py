@@ -18,7 +18,7 @@ from fairseq.tasks import FairseqTask
 
 from ..decoding.policies import Policy
 from ..plugin.pair import Pair
-from .arguments import search_options
+from ..plugin.search import SearchOptions
 from .bootstrap import bootstrap_weights
 from .costs import TURN, CostModel, fit_costs
 from .estimates import Estimates
@@ -112,7 +112,7 @@ class Calibration:
 
     def __init__(self, task: FairseqTask, pair: Pair, args: argparse.Namespace, settings: Sequence[Policy]):
         self._task, self._pair, self._args, self._settings = task, pair, args, settings
-        self._search = search_options(args)
+        self._search = SearchOptions.from_args(args)
         sample = load_sample(task, args, [pair], batch_size=1)
         self.ids, self._batches, self.scorer = sample.ids, sample.batches, sample.scorer
         self.recorder = Recorder(task, args.subset, pair, self._search, self.ids, args.batch_size, args.cuda)

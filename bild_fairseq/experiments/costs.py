@@ -11,8 +11,8 @@ from fairseq.tasks import FairseqTask
 
 from ..decoding.counters import Counters
 from ..decoding.policies import Policy
-from ..plugin.generator import SearchOptions
 from ..plugin.pair import Pair
+from ..plugin.search import SearchOptions
 from .systems import ours
 from .timing import measure
 

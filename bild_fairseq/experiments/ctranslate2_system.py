@@ -16,7 +16,7 @@ from typing import Any
 from fairseq.tasks import FairseqTask
 
 from ..errors import BildError
-from ..plugin.generator import SearchOptions
+from ..plugin.search import SearchOptions
 from .systems import System
 
 REST = 0.25  # seconds; its threads spin for 200 ms after their work

@@ -16,8 +16,8 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.tasks import FairseqTask
 
 from ..errors import BildError, first_line
-from ..plugin.flags import check_search
 from ..plugin.pair import Pair
+from ..plugin.search import SearchOptions
 from .arguments import check_positive
 
 
@@ -28,7 +28,7 @@ def load(args: argparse.Namespace) -> FairseqTask:
         BildError: the data, the subset, the large model's checkpoint or the GPU is missing, or a number out of range.
     """
     check_positive(args, "sentences", "threads", "truncate_source")
-    check_search(args)
+    SearchOptions.from_args(args)  # which refuses what is out of range, before anything is loaded
     if not Path(args.large).is_file():
         raise BildError(f"--large {args.large}: no such file")
     if args.cuda and not torch.cuda.is_available():

@@ -12,7 +12,7 @@ from fairseq import utils
 from fairseq.tasks import FairseqTask
 
 from ..plugin.pair import Pair
-from .arguments import search_options
+from ..plugin.search import SearchOptions
 from .data import first_sentences
 from .files import file_digest
 
@@ -45,7 +45,7 @@ def origin_of(task: FairseqTask, pairs: Mapping[str, Pair], args: argparse.Names
         "subset": args.subset,
         "number of sentences": args.sentences,
         "data set": data_digest(task, args),
-        "search": dataclasses.asdict(search_options(args)),
+        "search": dataclasses.asdict(SearchOptions.from_args(args)),
         "source length": args.truncate_source,
         "precision": "float16" if args.fp16 else args.precision,
     }

@@ -23,8 +23,8 @@ from ..decoding.reader import Prediction, Verdict
 from ..engines.readers import LogitsReader
 from ..errors import BildError
 from ..plugin.files import write_text
-from ..plugin.generator import SearchOptions
 from ..plugin.pair import Pair
+from ..plugin.search import SearchOptions
 from .origin import difference
 from .recorded import Node, dump, insert, restore
 

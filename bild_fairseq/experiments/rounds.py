@@ -10,8 +10,9 @@ from fairseq.tasks import FairseqTask
 
 from ..decoding.policies import Policy
 from ..decoding.sentence import Round
-from ..plugin.generator import BildGenerator, SearchOptions
+from ..plugin.generator import BildGenerator
 from ..plugin.pair import Pair
+from ..plugin.search import SearchOptions
 from .sample import Sample
 from .scoring import Scorer
 from .settings import threshold_columns

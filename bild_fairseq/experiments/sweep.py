@@ -21,8 +21,8 @@ from ..decoding.counters import total
 from ..decoding.policies import Policy
 from ..errors import BildError
 from ..plugin.files import write_text
-from ..plugin.generator import SearchOptions
 from ..plugin.pair import Pair
+from ..plugin.search import SearchOptions
 from .origin import difference
 from .scoring import Scorer, quality_change
 from .settings import (

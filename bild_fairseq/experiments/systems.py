@@ -13,8 +13,9 @@ from fairseq.tasks import FairseqTask
 from ..decoding.counters import Counters
 from ..decoding.policies import Policy
 from ..engines.base import Engine
-from ..plugin.generator import BildGenerator, SearchOptions
+from ..plugin.generator import BildGenerator
 from ..plugin.pair import Pair
+from ..plugin.search import SearchOptions
 
 Run = Callable[[dict[str, Any]], list[list[int]]]
 

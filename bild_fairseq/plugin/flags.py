@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,9 +14,10 @@ from fairseq.dataclass.configs import GenerationConfig
 
 from ..decoding.policies import Policy
 from ..engines.precision import PRECISIONS
-from ..errors import BildError, flag
+from ..errors import BildError, flag, require
 from .checkpoints import Loading
 from .files import unreadable, unwritable
+from .search import SearchOptions
 
 
 @dataclass
@@ -290,26 +290,8 @@ def _check_ranges(args: Any) -> None:
     require("bild_exit_layer", exit_layer is None or exit_layer >= 1, "1 or more")
     shards = option(args, "bild_small_shard_count")
     require("bild_small_shard_count", shards is None or shards >= 1, "1 or more")
-    check_search(args)
-
-
-def check_search(args: Any) -> None:
-    """Checks the options that limit and score what is generated.
-
-    Raises:
-        BildError: one is out of range.
-    """
-    require = functools.partial(_require, args)
-    # Logits divided by less would not be finite.
-    require("temperature", 1e-30 <= option(args, "temperature") < math.inf, "above 0 (1e-30 or more)")
-    for name in ("max_len_a", "lenpen", "unkpen"):
-        require(name, math.isfinite(option(args, name)), "a finite number")
-    require("no_repeat_ngram_size", option(args, "no_repeat_ngram_size") >= 0, "0 or more")
-    if not option(args, "max_len_a") and not option(args, "match_source_len"):
-        longest = option(args, "max_len_b")
-        require("min_len", option(args, "min_len") <= longest, f"--max-len-b ({longest}) or less")
+    SearchOptions.from_args(args)  # which refuses what is out of range
 
 
 def _require(args: Any, name: str, holds: bool, wanted: str) -> None:
-    if not holds:
-        raise BildError(f"{flag(name)} {option(args, name)}: must be {wanted}")
+    require(holds, name, option(args, name), wanted)

@@ -7,7 +7,6 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,33 +21,9 @@ from ..decoding.sentence import Sentence
 from ..errors import BildError
 from .files import cause, write_text
 from .pair import Pair
+from .search import SearchOptions
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """fairseq's generation options that greedy decoding honours, with fairseq's defaults."""
-
-    max_len_a: float = 0
-    max_len_b: int = 200
-    min_len: int = 1
-    match_source_len: bool = False
-    normalize_scores: bool = True
-    len_penalty: float = 1.0
-    unk_penalty: float = 0.0
-    temperature: float = 1.0
-    no_repeat_ngram_size: int = 0
-
-    def longest(self, source: int, positions: int) -> int:
-        """How many tokens a hypothesis may have before its end symbol.
-
-        Args:
-            source: tokens of the source.
-            positions: that the models have.
-        """
-        wanted = self.max_len_a * source + self.max_len_b  # any number, perhaps infinite
-        return int(max(-1, min(wanted, positions - 1)))
 
 
 class BildGenerator:

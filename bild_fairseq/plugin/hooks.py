@@ -41,14 +41,15 @@ from fairseq.trainer import Trainer
 from hydra.core.hydra_config import HydraConfig
 from torch import Tensor, nn
 
-from ..errors import BildError
+from ..errors import BildError, require
 from . import batches, training
 from .checkpoints import Loading, allow_fairseq_globals, completing, explaining_building, explaining_reading
 from .ending import one_line_errors, report_at_exit
 from .files import unreadable
 from .flags import BildGenerationConfig, check, check_overrides, check_stats, like_the_large_model, option, policy
-from .generator import BildGenerator, SearchOptions
+from .generator import BildGenerator
 from .pair import Pair
+from .search import SearchOptions
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +129,7 @@ def _large_files(namespace: argparse.Namespace) -> list[str]:
     if not namespace.path:
         raise BildError("--path is missing; name the large model's checkpoint")
     shards = namespace.checkpoint_shard_count
-    if shards < 1:
-        raise BildError(f"--checkpoint-shard-count {shards}: must be 1 or more")
+    require(shards >= 1, "checkpoint_shard_count", shards, "1 or more")
     loading = Loading(suffix=namespace.checkpoint_suffix, shards=shards)
     files = [file for path in utils.split_paths(namespace.path) for file in loading.files(path)]
     for file in files:
@@ -237,17 +237,7 @@ def _build(task: FairseqTask, models: Sequence[nn.Module], args: Any, extra: dic
         Pair.from_args(models, task, args),
         task.target_dictionary,
         policy(args),
-        SearchOptions(
-            max_len_a=option(args, "max_len_a"),
-            max_len_b=option(args, "max_len_b"),
-            min_len=option(args, "min_len"),
-            match_source_len=option(args, "match_source_len"),
-            normalize_scores=not option(args, "unnormalized"),
-            len_penalty=option(args, "lenpen"),
-            unk_penalty=option(args, "unkpen"),
-            temperature=option(args, "temperature"),
-            no_repeat_ngram_size=option(args, "no_repeat_ngram_size"),
-        ),
+        SearchOptions.from_args(args),
         source_lengths=functools.partial(source_lengths, pad=task.target_dictionary.pad()),
         eos=extra.get("eos"),
         symbols_to_strip_from_output=extra.get("symbols_to_strip_from_output"),

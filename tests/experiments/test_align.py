@@ -33,7 +33,7 @@ from bild_fairseq.experiments.align_training import Say, fairseq_train
 from bild_fairseq.experiments.scoring import ScoreOptions
 from bild_fairseq.experiments.work_folder import locked
 from bild_fairseq.models import exit_model
-from bild_fairseq.plugin.generator import SearchOptions
+from bild_fairseq.plugin.search import SearchOptions
 
 SHORT = {"sample": 150, "part": 100, "valid_sample": 15, "epochs": 2, "lr": 0.005, "max_tokens": 300, "sentences": 6}
 # Long enough to learn something whatever the rounding of a machine's sums.

@@ -17,12 +17,12 @@ from bild_fairseq.decoding.counters import Counters
 from bild_fairseq.decoding.policies import Policy
 from bild_fairseq.errors import BildError
 from bild_fairseq.experiments import calibrate
-from bild_fairseq.experiments.arguments import search_options
 from bild_fairseq.experiments.costs import CostModel, features
 from bild_fairseq.experiments.data import load, make_batches
 from bild_fairseq.experiments.pairs import load_pairs
 from bild_fairseq.experiments.recorder import Recorder
 from bild_fairseq.plugin.generator import BildGenerator
+from bild_fairseq.plugin.search import SearchOptions
 
 
 def test_costs_are_found_again():
@@ -183,7 +183,7 @@ def test_the_lossless_setting_is_the_one_of_the_lowest_estimated_cost(corpus, mo
     batches = make_batches(task.dataset("valid"), calibration.ids, 4)
     calls = []
     for policy in settings:
-        generator = BildGenerator(pair, task.target_dictionary, policy, search_options(args))
+        generator = BildGenerator(pair, task.target_dictionary, policy, SearchOptions.from_args(args))
         for batch in batches:
             generator.generate([], batch)
         calls.append(features(generator.counters()) + [len(calibration.ids) - 1, 0, 0, 0])

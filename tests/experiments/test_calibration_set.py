@@ -15,7 +15,7 @@ from bild_fairseq.errors import BildError
 from bild_fairseq.experiments.align_options import AlignOptions
 from bild_fairseq.experiments.calibration_set import CalibrationSet, Limits
 from bild_fairseq.experiments.splice import splices
-from bild_fairseq.plugin.generator import SearchOptions
+from bild_fairseq.plugin.search import SearchOptions
 
 EOS = support.symbols().eos()
 SOURCES = [support.source([i % 7, 8, 9, *range(i % 5)]) for i in range(23)]

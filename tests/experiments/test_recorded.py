@@ -17,8 +17,9 @@ from bild_fairseq.decoding.policies import Policy
 from bild_fairseq.experiments.outcomes import Outcome, outcome_of
 from bild_fairseq.experiments.recorded import Node, dump, restore, walk
 from bild_fairseq.experiments.recorder import Recorder
-from bild_fairseq.plugin.generator import BildGenerator, SearchOptions
+from bild_fairseq.plugin.generator import BildGenerator
 from bild_fairseq.plugin.pair import Pair
+from bild_fairseq.plugin.search import SearchOptions
 
 EOS = support.symbols().eos()
 

@@ -15,8 +15,8 @@ from bild_fairseq.experiments.data import load_subset, make_batches, make_task
 from bild_fairseq.experiments.scoring import ScoreOptions, Scorer
 from bild_fairseq.experiments.sweep import Results, measure_all, settings_of
 from bild_fairseq.experiments.work_folder import locked
-from bild_fairseq.plugin.generator import SearchOptions
 from bild_fairseq.plugin.pair import Pair
+from bild_fairseq.plugin.search import SearchOptions
 
 
 def arguments(corpus: Corpus, out: Path, *more: object) -> list[object]:

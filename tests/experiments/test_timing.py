@@ -9,8 +9,8 @@ from script_support import MemoryTask
 
 from bild_fairseq.experiments.systems import System, ours, stock
 from bild_fairseq.experiments.timing import measure, percentile90, ratio
-from bild_fairseq.plugin.generator import SearchOptions
 from bild_fairseq.plugin.pair import Pair
+from bild_fairseq.plugin.search import SearchOptions
 
 BATCHES = [{"id": torch.tensor([number])} for number in range(7)]
 

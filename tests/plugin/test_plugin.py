@@ -1,5 +1,6 @@
 """The seam to fairseq: what hooks.py relies on, that it changes nothing else, and how the package is found."""
 
+import dataclasses
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from hydra.core.config_store import ConfigStore
 
 from bild_fairseq.plugin.flags import BildGenerationConfig
 from bild_fairseq.plugin.hooks import install
+from bild_fairseq.plugin.search import SearchOptions
 
 # Run in a fairseq that has not seen the plugin.
 GENERATION_FLAGS = """
@@ -310,6 +313,17 @@ import bild_fairseq
 import fairseq_cli.generate
 fairseq_cli.generate.cli_main()
 """
+
+
+def test_search_options_have_the_defaults_and_the_values_of_fairseq():
+    """Also where a namespace or a hub interface gives a few of them only, or None."""
+    fairseq = BildGenerationConfig()
+    assert SearchOptions.from_args(fairseq) == SearchOptions.from_args(Namespace(lenpen=None)) == SearchOptions()
+    given = {"max_len_a": 1.5, "max_len_b": 7, "min_len": 2, "match_source_len": True, "temperature": 0.5}
+    given |= {"no_repeat_ngram_size": 3, "lenpen": 0.8, "unkpen": 2.0, "unnormalized": True}
+    wanted = {**given, "len_penalty": given["lenpen"], "unk_penalty": given["unkpen"], "normalize_scores": False}
+    made = dataclasses.asdict(SearchOptions.from_args(Namespace(**given)))
+    assert made == {name: wanted[name] for name in made}
 
 
 def test_user_dir_after_an_import_in_python(corpus):
