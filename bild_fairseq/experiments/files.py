@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BildError, flag
-from ..plugin.files import cause, unwritable, write_text
+from ..plugin.files import unwritable, write_text, writing
 
 
 def try_file(flag: str, path: str | os.PathLike | None) -> None:
@@ -33,10 +33,8 @@ def write_output(flag: str, path: str | os.PathLike, text: str) -> None:
     Raises:
         BildError: it cannot be written.
     """
-    try:
+    with writing(f"{flag} {path}"):
         write_text(path, text)
-    except OSError as error:
-        raise BildError(f"{flag} {path}: it cannot be written: {cause(error)}") from error
 
 
 # Flags and arguments of scripts that name files, or folders of data, that are read.

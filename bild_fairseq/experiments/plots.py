@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BildError
-from ..plugin.files import replacing
+from ..plugin.files import replacing, writing
 from .settings import thresholds_text
 
 # Dark and light in turn, so that neighbours differ on paper too.
@@ -96,10 +96,8 @@ def save(figure: Any, flag: str, path: str) -> None:
     Raises:
         BildError: there is no such format, or the file cannot be written.
     """
-    try:
-        with replacing(path) as temporary:
+    with writing(f"{flag} {path}"), replacing(path) as temporary:
+        try:
             figure.savefig(temporary, dpi=160, format=picture_format(path))
-    except OSError as error:
-        raise BildError(f"{flag} {path}: cannot write it: {error.strerror}") from error
-    except ValueError as error:
-        raise BildError(f"{flag} {path}: {error}") from error
+        except ValueError as error:
+            raise BildError(f"{flag} {path}: {error}") from error

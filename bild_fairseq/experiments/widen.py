@@ -31,7 +31,7 @@ from torch import Tensor
 from ..errors import BildError
 from ..models import EarlyExitBARTModel, EarlyExitTransformerModel
 from ..plugin.checkpoints import read
-from ..plugin.files import unwritable
+from ..plugin.files import unwritable, writing
 from ..plugin.light import for_inference, save
 
 # Parts of a model whose options Hydra's configurations may keep apart: "encoder_layers", or "encoder": {"layers": ...}.
@@ -83,10 +83,8 @@ def widen_file(path: Path, out: Path, times: int, deepen: int = 1, half: bool = 
         wide = widen(state, times, deepen, half)
     except BildError as error:
         raise BildError(f"{path}: {error}") from error
-    try:
+    with writing(str(out)):
         save(wide, out)
-    except OSError as error:
-        raise BildError(f"{out}: cannot write it: {error.strerror}") from error
     return count_weights(state["model"]), count_weights(wide["model"])
 
 

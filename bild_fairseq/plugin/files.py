@@ -54,6 +54,19 @@ def cause(error: Exception) -> str:
 
 
 @contextmanager
+def writing(output: str) -> Iterator[None]:
+    """Has what the system says against writing an output raised as BildError.
+
+    Args:
+        output: the file and the flag that names it, for the message.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise BildError(f"{output}: it cannot be written: {cause(error)}") from error
+
+
+@contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A file beside ``path`` to write to, which takes its place at the end; if something fails nothing is left of it.
 

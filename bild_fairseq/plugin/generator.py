@@ -19,7 +19,7 @@ from ..decoding.decode import decode
 from ..decoding.policies import Policy
 from ..decoding.sentence import Sentence
 from ..errors import BildError
-from .files import cause, write_text
+from .files import write_text, writing
 from .pair import Pair
 from .search import SearchOptions
 
@@ -142,10 +142,8 @@ class BildGenerator:
         """
         if self._stats_path is None:
             return
-        try:
+        with writing(f"--bild-stats {self._stats_path}"):
             write_text(self._stats_path, json.dumps(self.stats(), indent=1) + "\n")
-        except OSError as error:
-            raise BildError(f"--bild-stats {self._stats_path}: it cannot be written: {cause(error)}") from error
 
     def _limits(self, net_input: dict[str, Any], width: int) -> tuple[Constraints, list[int] | None]:
         options = self.options

@@ -1,5 +1,6 @@
 """Widened and deepened checkpoints: the same predictions from larger, dense weights, in every kind of model."""
 
+import resource
 import runpy
 import sys
 from argparse import Namespace
@@ -282,3 +283,16 @@ def test_files_that_cannot_be_used_are_named_in_one_line(tmp_path, monkeypatch, 
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert str(ending.value).startswith("widen: ") and said in str(ending.value) and "\n" not in str(ending.value)
     assert not (tmp_path / "wide.pt").exists()
+
+
+def test_a_disk_that_gets_full_is_told_in_one_line(tmp_path):
+    narrow, wide = tmp_path / "narrow.pt", tmp_path / "wide.pt"
+    torch.save(checkpoint()[1], narrow)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(BildError, match=f"^{wide}: it cannot be written: File too large$"):
+            widen_file(narrow, wide, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [narrow]
