@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from script_support import script
 
 from bild_fairseq.errors import BildError
 from bild_fairseq.experiments import commandline, progress
@@ -52,6 +53,38 @@ def test_what_is_read_is_not_written_over(tmp_path, monkeypatch, name):
     with pytest.raises(BildError, match="^--plot ./old.json: --json names the same file"):
         check_outputs({**given, "plot": "./old.json"}, "json", "plot")
     check_outputs({**given, "json": "/dev/null", "plot": "/dev/null"}, "json", "plot")
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "file"),
+    [
+        ("plot curve results.json", "--out", "results.json"),
+        ("plot lengths rounds.json", "--out", "rounds.json"),
+        ("plot sizes results.json", "--out", "results.json"),
+        ("plot tokens rounds.json", "--out", "rounds.json"),
+        ("benchmark data --large large.pt --small small.pt", "--json", "large.pt"),
+        ("benchmark data --large large.pt --small name=small.pt", "--plot", "small.pt"),
+        ("calibrate data --large large.pt --small name=small.pt", "--record", "small.pt"),
+        ("calibrate data --large large.pt --early-exit name=large.pt:1", "--json", "data/dict.x.txt"),
+        ("rounds data --large large.pt --small name=small.pt", "--out", "data/test.x-y.x.bin"),
+        ("align data --large large.pt --small small.pt", "--out", "small.pt"),
+    ],
+)
+def test_scripts_refuse_to_write_over_what_they_read(tmp_path, monkeypatch, command, flag, file):
+    """In one line, and before they read any of it: the files hold nothing that could be read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    files = [*map(tmp_path.joinpath, ("data/dict.x.txt", "data/test.x-y.x.bin", "large.pt", "small.pt"))]
+    files += [*map(tmp_path.joinpath, ("results.json", "rounds.json"))]
+    for path in files:
+        path.write_text(path.name)
+    name, *words = command.split()
+    program = script(name)
+    monkeypatch.setattr(program, "quiet", lambda: None)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words, flag, file])
+    with pytest.raises(BildError, match=f"^{flag} {file}: it would be written over {file}, which is read; [^\n]*$"):
+        program.main()
+    assert [path.read_text() for path in files] == [path.name for path in files]
 
 
 def test_only_files_are_replaced(tmp_path):
