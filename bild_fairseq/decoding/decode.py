@@ -17,7 +17,13 @@ from .sentence import Sentence
 
 
 def decode(
-    large: Reader, small: Reader | None, start: int, prefixes: Sequence[Sequence[int]], policy: Policy, eos: int
+    large: Reader,
+    small: Reader | None,
+    start: int,
+    prefixes: Sequence[Sequence[int]],
+    policy: Policy,
+    eos: int,
+    max_batch: float = math.inf,
 ) -> list[Sentence]:
     """Generates a batch.
 
@@ -28,6 +34,7 @@ def decode(
         prefixes: per sentence, tokens to start with; they count as verified.
         policy: thresholds and rules.
         eos: the end symbol.
+        max_batch: while more sentences than this are unfinished, nothing is drafted, and the large model writes alone.
 
     Returns:
         a finished sentence per prefix, in order.
@@ -38,7 +45,7 @@ def decode(
     if drafting:
         score_prefixes(sentences, small, eos)
     while rows := [row for row, sentence in enumerate(sentences) if not sentence.finished]:
-        if drafting:
+        if drafting and len(rows) <= max_batch:
             drafts = small.draft(tokens, rows, policy.max_draft, policy.fallback_threshold)
             for row, predictions in zip(rows, drafts, strict=True):
                 draft(sentences[row], predictions, policy, eos)

@@ -45,6 +45,7 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
         "--lossless-fallback", type=float, default=0.6, help="fallback threshold of the lossless system (default: 0.6)"
     )
     parser.add_argument("--max-draft", type=int, default=10)
+    parser.add_argument("--max-batch", type=int, help="as --bild-max-batch")
     parser.add_argument(
         "--draft-vocab",
         action="append",
@@ -76,7 +77,7 @@ def check(args: argparse.Namespace) -> None:
     chosen_systems(args)
     precisions(args)
     check_names([named(item, "--small")[0] for item in args.small])
-    check_positive(args, "max_draft", "ctranslate2_threads")
+    check_positive(args, "max_draft", "max_batch", "ctranslate2_threads")
     policies([*(args.bild or ()), *(args.exit or ()), f"{args.lossless_fallback},0"], args.max_draft)
 
 
@@ -200,7 +201,7 @@ class Competition:
                 small = None if pair.alone else small_precision
                 exact = dataclasses.replace(pair, precision=precision, small_precision=small)
                 title = name if text == "float32" else f"{name} {text}"
-                made.append(ours(title, exact, self._task, self._search, policy))
+                made.append(ours(title, exact, self._task, self._search, policy, self._args.max_batch))
         return made
 
     def _ctranslate2(self, name: str) -> System:

@@ -59,9 +59,16 @@ def stock(models: Sequence[torch.nn.Module], task: FairseqTask, beam: int, searc
     return System(f"fairseq --beam {beam}", run, encode)
 
 
-def ours(name: str, pair: Pair, task: FairseqTask, search: SearchOptions, policy: Policy | None = None) -> System:
+def ours(
+    name: str,
+    pair: Pair,
+    task: FairseqTask,
+    search: SearchOptions,
+    policy: Policy | None = None,
+    max_batch: int | None = None,
+) -> System:
     """A system of this package; a pair's models are laid out once, however many systems share it."""
-    generator = BildGenerator(pair, task.target_dictionary, policy or Policy(), search)
+    generator = BildGenerator(pair, task.target_dictionary, policy or Policy(), search, max_batch=max_batch)
 
     def run(batch: dict[str, Any]) -> list[list[int]]:
         hypotheses = generator.generate([], batch)

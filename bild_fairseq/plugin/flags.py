@@ -90,6 +90,14 @@ class BildGenerationConfig(GenerationConfig):
             "help": "let the large model also verify the tokens drafted before the end of a sentence (default: off)"
         },
     )
+    bild_max_batch: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "sentences, 1 or more: while more of a batch are unfinished, nothing is drafted and the large "
+            "model writes alone, as a pass over many sentences is no longer bound by reading weights (default: no "
+            "limit; 6 for lossless decoding on a CPU with 20 million weights or more in the large decoder)"
+        },
+    )
     bild_precision: ChoiceEnum(PRECISIONS) = field(
         default="float32",
         metadata={
@@ -286,6 +294,8 @@ def _check_ranges(args: Any) -> None:
     require("bild_fallback_threshold", 0 <= fallback <= 1, "a probability, 0 to 1")
     require("bild_rollback_threshold", rollback >= 0, "a number of nats, 0 to inf")
     require("bild_max_draft", option(args, "bild_max_draft") >= 1, "1 or more")
+    max_batch = option(args, "bild_max_batch")
+    require("bild_max_batch", max_batch is None or max_batch >= 1, "1 or more")
     exit_layer = option(args, "bild_exit_layer")
     require("bild_exit_layer", exit_layer is None or exit_layer >= 1, "1 or more")
     shards = option(args, "bild_small_shard_count")

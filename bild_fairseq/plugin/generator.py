@@ -20,6 +20,7 @@ from ..decoding.policies import Policy
 from ..decoding.sentence import Sentence
 from ..errors import BildError
 from .files import write_text, writing
+from .large_batches import useful_batch
 from .pair import Pair
 from .search import SearchOptions
 
@@ -40,6 +41,8 @@ class BildGenerator:
         eos: end symbol; the dictionary's unless given.
         symbols_to_strip_from_output: symbols that fairseq leaves out of printed hypotheses.
         stats_path: where :meth:`finish` writes the counters; every sentence's are kept for it.
+        max_batch: while more sentences of a batch than this are unfinished, nothing is drafted; None: that of
+            :func:`~bild_fairseq.plugin.large_batches.useful_batch`.
 
     Raises:
         BildError: the pair's draft vocabulary lacks the end symbol.
@@ -55,6 +58,7 @@ class BildGenerator:
         eos: int | None = None,
         symbols_to_strip_from_output: set[int] | None = None,
         stats_path: str | None = None,
+        max_batch: float | None = None,
     ):
         self.pair = pair
         self.policy = policy
@@ -64,6 +68,7 @@ class BildGenerator:
         if pair.draft_vocabulary is not None and self.eos not in pair.draft_vocabulary.types:
             raise BildError(f"--bild-draft-vocab lacks the end symbol of this task, {tgt_dict[self.eos]}; add it")
         self.symbols_to_strip_from_output = (symbols_to_strip_from_output or set()) | {self.eos}
+        self._max_batch = useful_batch(pair, policy) if max_batch is None else max_batch
         self._source_lengths = source_lengths
         self._stats_path = stats_path
         self._records: list[dict[str, Any]] = []
@@ -107,7 +112,7 @@ class BildGenerator:
             limits = dataclasses.replace(limits, prefix_lengths=[len(prefix) for prefix in prefixes])
         large, small = self.pair.readers(sample["net_input"], limits, self.options.temperature)
         start = self.eos if bos_token is None else bos_token
-        sentences = decode(large, small, start, prefixes, self.policy, self.eos)
+        sentences = decode(large, small, start, prefixes, self.policy, self.eos, self._max_batch)
         self._record(sample, sentences)
         return [
             [self._hypothesis(sentence, None if source_lengths is None else source_lengths[row])]

@@ -242,6 +242,7 @@ def _build(task: FairseqTask, models: Sequence[nn.Module], args: Any, extra: dic
         eos=extra.get("eos"),
         symbols_to_strip_from_output=extra.get("symbols_to_strip_from_output"),
         stats_path=option(args, "bild_stats"),
+        max_batch=option(args, "bild_max_batch"),
     )
 
 

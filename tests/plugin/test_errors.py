@@ -42,6 +42,7 @@ def message_of(function, *arguments):
         ({"bild_max_draft": 0}, "--bild-max-draft 0"),
         ({"bild_max_draft": -3}, "--bild-max-draft -3"),
         ({"bild_exit_layer": 0}, "--bild-exit-layer 0"),
+        ({"bild_max_batch": 0}, "--bild-max-batch 0"),
         ({"temperature": 0.0}, "--temperature 0"),
         ({"max_len_a": float("inf")}, "--max-len-a inf"),
         ({"max_len_a": float("nan")}, "--max-len-a nan"),
@@ -94,6 +95,7 @@ FOR_BILD_ALONE = {
     "bild_max_draft": 3,
     "bild_start": "small",
     "bild_verify_end": True,
+    "bild_max_batch": 8,
     "bild_small_precision": "int8",
     "bild_draft_vocab": __file__,
 }
