@@ -61,6 +61,10 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
         "large model and for what drafts; several, joined by commas, are compared (default: float32)",
     )
     parser.add_argument(
+        "--exit-precision",
+        help="the same for the systems with an exit: float32+int8 drafts in int8 (default: as --precision)",
+    )
+    parser.add_argument(
         "--ctranslate2-threads",
         type=int,
         help="CTranslate2's threads, where another number suits it better (default: as --threads); it also reads "
@@ -75,7 +79,8 @@ def check(args: argparse.Namespace) -> None:
         BildError: a threshold, precision or draft length is none, or a system is unknown or lacks its model.
     """
     chosen_systems(args)
-    precisions(args)
+    precisions(args.precision)
+    precisions(args.exit_precision or args.precision)
     check_names([named(item, "--small")[0] for item in args.small])
     check_positive(args, "max_draft", "max_batch", "ctranslate2_threads")
     policies([*(args.bild or ()), *(args.exit or ()), f"{args.lossless_fallback},0"], args.max_draft)
@@ -109,13 +114,13 @@ def policies(settings: Sequence[str] | None, max_draft: int) -> dict[str, Policy
     return {setting: parse_policy(setting, max_draft) for setting in settings or [DEFAULT_SETTING]}
 
 
-def precisions(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
+def precisions(joined: str) -> dict[str, tuple[str, str]]:
     """The precisions of ``--precision`` as they are written, and those of the large and the small model.
 
     Raises:
         BildError: as of :func:`~bild_fairseq.experiments.pairs.parse_precision`.
     """
-    return {text: parse_precision(text) for text in args.precision.split(",")}
+    return {text: parse_precision(text) for text in joined.split(",")}
 
 
 class Competition:
@@ -133,7 +138,8 @@ class Competition:
     def __init__(self, task: FairseqTask, args: argparse.Namespace, worker: Path):
         self._task, self._args, self._worker = task, args, worker
         self._search = SearchOptions.from_args(args)
-        self._precisions = precisions(args)
+        self._precisions = precisions(args.precision)
+        self._exit_precisions = precisions(args.exit_precision or args.precision)
         first, _ = next(iter(self._precisions.values()))
         options = {"alone": True, "precision": first, "cuda": args.cuda, "fp16": args.fp16}
         self._large = early = Pair.load(args.large, task=task, **options)
@@ -195,13 +201,15 @@ class Competition:
 
     def _ours(self, name: str, pair: Pair, policy: Policy | None = None) -> list[System]:
         """A system of this package at every precision that it can have."""
+        wanted = self._precisions if pair.exit_layer is None else self._exit_precisions
+        if pair.alone:
+            wanted = {precision: (precision, precision) for precision, _ in wanted.values()}
         made = []
-        for text, (precision, small_precision) in self._precisions.items():
-            if precision == small_precision or not pair.alone:
-                small = None if pair.alone else small_precision
-                exact = dataclasses.replace(pair, precision=precision, small_precision=small)
-                title = name if text == "float32" else f"{name} {text}"
-                made.append(ours(title, exact, self._task, self._search, policy, self._args.max_batch))
+        for text, (precision, small_precision) in wanted.items():
+            small = None if pair.alone else small_precision
+            exact = dataclasses.replace(pair, precision=precision, small_precision=small)
+            title = name if text == "float32" else f"{name} {text}"
+            made.append(ours(title, exact, self._task, self._search, policy, self._args.max_batch))
         return made
 
     def _ctranslate2(self, name: str) -> System:

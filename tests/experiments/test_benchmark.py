@@ -26,7 +26,8 @@ def test_every_system_is_measured(corpus, tmp_path):
     )
     figures_file, picture = tmp_path / "figures.json", tmp_path / "latency.svg"
     models = ["--small", corpus.small, "--early-exit", exits, "--bild", "0.6,2", "--bild", "0.3,1,end"]
-    more = ["--precision", "float32,float32+int8", "--floor", "--json", figures_file, "--plot", picture]
+    more = ["--precision", "float32,float32+int8", "--exit-precision", "float32+int8", "--floor"]
+    more += ["--json", figures_file, "--plot", picture]
     run = run_script(corpus, "benchmark", *arguments(corpus, *models, *more))
     written = json.loads(figures_file.read_text())
     rows = {row["system"]: row for row in written["rows"]}
@@ -36,13 +37,14 @@ def test_every_system_is_measured(corpus, tmp_path):
     assert list(rows) == [
         *("fairseq --beam 1", "fairseq --beam 5", "greedy", "small alone"),
         *(name for one in both for name in (one, f"{one} float32+int8")),
-        *("early-exit model, full depth", "exit 1 lossless", "exit 1 alone", "exit 1 (0.6,2)", "exit 1 (0.3,1,end)"),
+        *("early-exit model, full depth", "exit 1 lossless float32+int8", "exit 1 alone"),
+        *("exit 1 (0.6,2) float32+int8", "exit 1 (0.3,1,end) float32+int8"),
     ]
     table = run.out.splitlines()
     assert [line.split("|")[1].strip() for line in table if line.startswith("| ")][2:] == list(rows)
     for name in ("fairseq --beam 1", "bild lossless", "bild lossless float32+int8"):
         assert rows[name]["differ_from_greedy"] == 0 and rows[name]["bleu"] == rows["greedy"]["bleu"]
-    full, exact = rows["early-exit model, full depth"], rows["exit 1 lossless"]
+    full, exact = rows["early-exit model, full depth"], rows["exit 1 lossless float32+int8"]
     assert full["tokens"] == exact["tokens"] and full["bleu"] == exact["bleu"]
     for name, row in rows.items():
         assert row["ms_per_sentence_median"] <= row["ms_per_sentence_p90"]
