@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import argparse
 import functools
-import logging
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from fairseq import checkpoint_utils, models, utils
-from fairseq.data import Dictionary
+from fairseq import checkpoint_utils
 from fairseq.tasks import FairseqTask
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import BildError
 from .arrays import stand_ins
+from .content import check_content, check_parts, option_in, task_options
 from .explain import building_error, reading_error
 from .files import unreadable
-
-logger = logging.getLogger(__name__)
-
-# By model: the file that it was loaded from, and the options of the task that it was trained in.
-_origins: WeakKeyDictionary[nn.Module, tuple[str, Any]] = WeakKeyDictionary()
+from .fits import check_fits, check_task, remember
+from .fits import check_positions as check_positions  # imported from here, with the functions that load
 
 
 def allow_fairseq_globals() -> None:
@@ -119,7 +112,7 @@ def explaining_building(load: Callable[..., tuple]) -> Callable[..., tuple]:
                 raise BildError(f"{filename}: {building_error(error)}") from error
             members += member
             if not read_before:
-                _origins.update((model, (filename, _option(config, "task"))) for model in member)
+                remember(member, filename, option_in(config, "task"))
             state = None
         return members, config, task
 
@@ -153,41 +146,6 @@ class Loading:
         """The files that fairseq reads for a path: its name may get a suffix, or a shard's number."""
         name = checkpoint_utils.get_maybe_sharded_checkpoint_filename
         return [name(path, self.suffix, shard, self.shards) for shard in range(self.shards)]
-
-
-def check_content(state: Any) -> None:
-    """Refuses what is no model with its options, and options that ask for a far larger model than the weights are of.
-
-    A size without bounds would be allocated, and a number of layers without bounds built, before it is noticed.
-    """
-    weights = state.get("model") if isinstance(state, Mapping) else None
-    if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
-        raise BildError("it holds no model (an entry model with named weights)")
-    options = _model_options(state)
-    known = {*models.MODEL_REGISTRY, *models.ARCH_MODEL_REGISTRY}
-    name = options.get("_name") or options.get("arch")
-    if name not in known:
-        raise BildError(f"its architecture, {name}, is not known here; is it defined by a package for --user-dir?")
-    columns = max((weight.size(-1) for weight in weights.values() if weight.dim()), default=1)
-    longest = max((size for weight in weights.values() for size in weight.shape), default=1)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for option, value in options.items():
-        if type(value) is not int or value <= 0:
-            continue
-        layers = option.endswith("_layers") and value > max(len(weights), 1000)
-        dimension = option.endswith("_dim") and value > 16 * longest  # 16: an option that the model does not use
-        rows = option.endswith(("_dim", "_positions")) and 4 * value * columns > memory / 4
-        if layers or dimension or rows:
-            raise BildError(f"its options declare {option} {value}, which its weights do not have")
-
-
-def _model_options(state: dict) -> dict[str, Any]:
-    if isinstance(state.get("args"), argparse.Namespace):
-        return vars(state["args"])
-    options = _option(state.get("cfg"), "model")
-    if options is None:
-        raise BildError("it holds no options of its model (an entry args, or model in an entry cfg)")
-    return vars(options) if isinstance(options, argparse.Namespace) else dict(options)
 
 
 def load_large(paths: Sequence[str], task: FairseqTask, cuda: bool = False, fp16: bool = False) -> list[nn.Module]:
@@ -235,103 +193,11 @@ def _load(path: str, task: FairseqTask, how: Loading) -> nn.Module:
     if state is not None:
         try:
             check_content(state)
-            _check_parts(state)
-            _check_fits(path, _task_options(state), task)
+            check_parts(state)
         except BildError as error:
             raise BildError(f"{path}: {error}") from error
+        check_fits(path, task_options(state), task)
     options = {"strict": how.shards == 1, "suffix": how.suffix, "num_shards": how.shards}
     (model,), _ = checkpoint_utils.load_model_ensemble([path], how.overrides, task, state=state, **options)
     check_task([model], task)
     return model
-
-
-def _check_parts(state: dict) -> None:
-    """Refuses a model of another kind."""
-    for part in ("encoder", "decoder"):
-        if not any(re.match(rf"(models\.[^.]+\.)?{part}\.", name) for name in state["model"]):
-            raise BildError(f"it has no {part}, so it is not an encoder-decoder Transformer")
-
-
-def check_task(loaded: Sequence[nn.Module], task: FairseqTask) -> None:
-    """Refuses models that were trained for other languages or other dictionaries than a task's; looks once.
-
-    Args:
-        loaded: models; one that comes from no checkpoint fits.
-
-    Raises:
-        BildError: naming the checkpoint.
-    """
-    for model in loaded:
-        if model in _origins:
-            path, options = _origins[model]
-            try:
-                _check_fits(path, options, task)
-            except BildError as error:
-                raise BildError(f"{path}: {error}") from error
-            del _origins[model]
-
-
-def _check_fits(path: str, trained_in: Any, task: FairseqTask) -> None:
-    """Refuses other languages than the task's, and a dictionary beside the checkpoint that is not the task's.
-
-    Warns if the data that the checkpoint was trained on is still there and has another dictionary.
-    """
-    given = task.cfg or getattr(task, "args", None)
-    for side in ("source", "target"):
-        language, trained_on = (_option(options, f"{side}_lang") for options in (given, trained_in))
-        if language and trained_on and language != trained_on:
-            raise BildError(
-                f"its {side} language is {trained_on}, this data's is {language}; choose data of its direction (-s, -t)"
-            )
-    for side in ("source", "target"):
-        name, dictionary = f"dict.{_option(given, f'{side}_lang')}.txt", getattr(task, f"{side}_dictionary", None)
-        if not _is_beginning(Path(path).parent / name, dictionary):
-            raise BildError(f"the dictionary beside it, {name}, is not this data's")
-        data = _option(trained_in, "data")
-        for folder in utils.split_paths(data) if isinstance(data, str) else ():
-            if not _is_beginning(Path(folder) / name, dictionary):
-                logger.warning(
-                    "%s was trained on %s, whose %s is not this data's: the text is wrong if that is still the "
-                    "dictionary that it was trained with",
-                    *(path, folder, name),
-                )
-
-
-def _is_beginning(file: Path, dictionary: Dictionary | None) -> bool:
-    """Whether a dictionary is one in a file, to whose end a task may have added symbols; or there is no such file."""
-    if dictionary is None or not os.path.isfile(file):
-        return True
-    try:
-        beginning = Dictionary.load(str(file))
-    except Exception:  # fairseq raises bare ones where it is none
-        return False
-    return dictionary.symbols[: len(beginning)] == beginning.symbols
-
-
-def _task_options(state: dict) -> Any:
-    return state["args"] if state.get("args") is not None else _option(state["cfg"], "task")
-
-
-def _option(options: Any, name: str) -> Any:
-    """An option, of a configuration of any age; None where it is not."""
-    if isinstance(options, Mapping):
-        return options[name] if name in options else None
-    return getattr(options, name, None)
-
-
-def check_positions(small: Sequence[nn.Module], source_limit: int) -> None:
-    """Refuses a small model that cannot read every source that the large one may be given.
-
-    Args:
-        small: the members of the small model.
-        source_limit: tokens of the longest source that will be translated.
-
-    Raises:
-        BildError: naming the option that shortens the sources.
-    """
-    readable = min(model.encoder.max_positions() for model in small)
-    if readable < source_limit:
-        raise BildError(
-            f"the small model reads at most {readable} source tokens, the large one {source_limit}; "
-            f"add --max-source-positions {readable}"
-        )
