@@ -5,12 +5,14 @@
 #
 # SMALL is the small model as trained, ALIGNED the one that align.py made of it. The options, `--reference` for
 # instance, go to every call of benchmark.py. Variables, with their defaults:
-#   STEPS      which tables: quality trained base big precisions batches passes figure
+#   STEPS      which tables: quality trained base big precisions vocabulary batches passes figure
 #   SENTENCES  that are timed: 100
 #   THREADS    2
 #   LOSSLESS   fallback threshold of lossless decoding: 0.25
 #   BILD       thresholds of the other systems: 0.4,2
-#   EARLY      an early-exit model, and EXIT, its thresholds (0.6,2): none
+#   EARLY      an early-exit model, and EXIT, its thresholds (0.6,2): none. Its exit drafts in the precision of the
+#              model and in int8.
+#   VOCAB      a file of types to draft among, for the table `vocabulary`, which is left out without it: none
 # Widened models (scripts/widen.py) make the same predictions at the cost of a larger model. So `quality`, all
 # sentences at the size as trained, holds for every size.
 set -euo pipefail
@@ -50,6 +52,7 @@ table() {
     python "$scripts/benchmark.py" "$data" --large "$wide" "${models[@]}" ${early:+--early-exit "$early"} \
         --systems "$systems${early:+,exit,exit-lossless}" --threads "$threads" --sentences "${SENTENCES:-100}" \
         --lossless-fallback "${LOSSLESS:-0.25}" --bild "${BILD:-0.4,2}" --exit "${EXIT:-0.6,2}" \
+        --exit-precision float32,float32+int8 \
         --json "$out/$name.json" "$@" "${options[@]}" | tee "$out/$name.md"
 }
 
@@ -57,7 +60,13 @@ step_quality() { table quality 1 fairseq,fairseq-beam5,greedy,bild --batch-size 
 step_trained() { table trained 1 fairseq,greedy,lossless,bild --floor; }
 step_base() { table base 2 fairseq,greedy,lossless,bild --floor; }
 step_big() { table big 4 fairseq,greedy,lossless,bild --floor; }
-step_precisions() { table precisions 4 greedy,lossless,bild --precision float32,float16,int8; }
+step_precisions() {
+    local all=float32,float16,int8
+    table precisions 4 greedy,lossless,bild --precision "$all,float32+int8" --exit-precision "$all"
+}
+step_vocabulary() {
+    table vocabulary 4 greedy,lossless,bild --draft-vocab "${VOCAB:?name a file of types, as align.py --draft-vocab writes}"
+}
 step_batches() {
     table batch-8 4 fairseq,greedy,lossless,bild --batch-size 8
     table batch-32 4 fairseq,greedy,lossless,bild --batch-size 32
@@ -74,7 +83,7 @@ step_figure() {
     python "$scripts/plot.py" sizes "${files[@]}" --out "$out/sizes.png"
 }
 
-steps=${STEPS:-quality trained base big precisions batches passes figure}
+steps=${STEPS:-quality trained base big precisions ${VOCAB:+vocabulary} batches passes figure}
 for step in $steps; do
     if ! declare -F "step_$step" >/dev/null; then
         echo "measure: STEPS: no table is called $step" >&2

@@ -42,7 +42,7 @@ benchmark() {
     shift 3
     python "$root/scripts/benchmark.py" "$work/data-bin" --large "$large" --small "$small" --early-exit "$large" \
         --sentences "$count" --threads "$threads" --reference "$here/data/test.en" --lossless-fallback 0.25 \
-        --bild 0.3,1.5 --exit 0.4,1 "$@"
+        --bild 0.3,1.5 --exit 0.3,1 "$@"
 }
 
 echo "== Tokenizing and binarizing the test sentences"
@@ -62,10 +62,11 @@ tail -n 5 "$work/log"
 echo
 echo "== Measuring: every system on the same $sentences sentences, in turns"
 if [[ -n $all ]]; then
-    benchmark "$models/large.pt" "$models/aligned.pt" "$sentences" --precision float32,int8 --exit 0.2,1,end \
+    benchmark "$models/large.pt" "$models/aligned.pt" "$sentences" --precision float32,int8 \
+        --exit-precision float32,float32+int8,int8 \
         --systems fairseq,fairseq-beam5,greedy,small,bild,lossless,exit-alone,exit,exit-lossless
 else
-    benchmark "$models/large.pt" "$models/aligned.pt" "$sentences" --brief \
+    benchmark "$models/large.pt" "$models/aligned.pt" "$sentences" --brief --exit-precision float32+int8 \
         --systems fairseq,fairseq-beam5,greedy,lossless,bild,exit
 fi
 
@@ -73,4 +74,5 @@ echo
 echo "== The same text from models four times as wide (the cost of a transformer-big decoder), $((sentences / 5)) sentences"
 quietly python "$root/scripts/widen.py" "$models/large.pt" "$work/large.pt" 4 --half
 quietly python "$root/scripts/widen.py" "$models/aligned.pt" "$work/aligned.pt" 2 --half
-benchmark "$work/large.pt" "$work/aligned.pt" "$((sentences / 5))" --brief --systems fairseq,greedy,lossless,bild,exit
+benchmark "$work/large.pt" "$work/aligned.pt" "$((sentences / 5))" --brief --exit-precision float32+int8 \
+    --systems fairseq,greedy,lossless,bild,exit
