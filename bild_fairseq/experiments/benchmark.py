@@ -54,6 +54,16 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
         help="whatever drafts does so among the target types of FILE as well, as with --bild-draft-vocab; repeat for "
         "several",
     )
+    _add_precision_arguments(parser)
+    parser.add_argument(
+        "--ctranslate2-threads",
+        type=int,
+        help="CTranslate2's threads, where another number suits it better (default: as --threads); it also reads "
+        "environment variables of its own, CT2_USE_MKL=0 for one",
+    )
+
+
+def _add_precision_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         default="float32",
@@ -63,12 +73,6 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exit-precision",
         help="the same for the systems with an exit: float32+int8 drafts in int8 (default: as --precision)",
-    )
-    parser.add_argument(
-        "--ctranslate2-threads",
-        type=int,
-        help="CTranslate2's threads, where another number suits it better (default: as --threads); it also reads "
-        "environment variables of its own, CT2_USE_MKL=0 for one",
     )
 
 
