@@ -17,6 +17,7 @@ from ..errors import BildError, first_line
 from .base import Engine
 from .changes import sum_of_bits, sums
 from .native import NativeEngine, missing_option
+from .precision import loses_nothing
 from .proof import prove, prove_cut_head
 from .supported import unsupported_model
 from .torch.engine import TorchEngine
@@ -106,6 +107,11 @@ def _make(model: nn.Module, precision: str, role: str) -> Engine:
             prove(_fastest(model, "float32", role), model, "float32", role)
         engine = _fastest(model, precision, role)
         prove(engine, model, precision, role)
+        wide = precision == "float32" and isinstance(engine, NativeEngine) and role == "large"
+        if wide and loses_nothing(model, "float16"):
+            logger.info(
+                "the weights come from a checkpoint in half precision: --bild-precision float16 gives the same text faster"
+            )
         if next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
             # Rounding in half precision hides much of what a model may compute beside its weights.
             exact = copy.deepcopy(model).float()

@@ -41,6 +41,12 @@ def quantize(weight: Tensor, precision: str) -> tuple[Tensor, Tensor | None]:
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
+def loses_nothing(module: nn.Module, precision: str) -> bool:
+    """Whether every matrix of a model's products is the same in a floating-point precision."""
+    weights = (part.weight.detach() for part in module.modules() if isinstance(part, nn.Linear))
+    return all(torch.equal(weight.to(getattr(torch, precision)).to(weight.dtype), weight) for weight in weights)
+
+
 def rounded(weight: Tensor, precision: str) -> Tensor:
     """The matrix that :func:`quantize` stands for, in float32."""
     values, scale = quantize(weight.float(), precision)

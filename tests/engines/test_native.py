@@ -492,6 +492,24 @@ def test_int8_kernels_that_compute_wrongly_are_refused():
         engine_for(made, "int8", "large")
 
 
+@needs_kernels
+def test_a_checkpoint_in_half_precision_loses_nothing_in_float16(caplog):
+    """The scores are equal to the bit, which a line of the log offers; other weights get no such line."""
+    caplog.set_level(logging.INFO)
+    batch = sample([source([5, 7, 9]), source([4])])
+    hypotheses = []
+    for precision in ("float32", "float16"):
+        made = model(6).half().float()
+        ((one,), (two,)) = generator([made], [], Rules(), alone=True, precision=precision).generate([], batch)
+        hypotheses.append([(h["tokens"].tolist(), h["positional_scores"].tolist()) for h in (one, two)])
+    assert hypotheses[0] == hypotheses[1]
+    offered = [record.getMessage() for record in caplog.records if "float16" in record.getMessage()]
+    assert len(offered) == 1
+    caplog.clear()
+    engine_for(model(6), "float32", "large")
+    assert "float16" not in caplog.text
+
+
 def test_a_rounded_copy_leaves_the_model_alone():
     """And the embedding that shares its weight with the output projection."""
     made = model(1, share_decoder_input_output_embed=True)
