@@ -110,7 +110,8 @@ def _make(model: nn.Module, precision: str, role: str) -> Engine:
         wide = precision == "float32" and isinstance(engine, NativeEngine) and role == "large"
         if wide and loses_nothing(model, "float16"):
             logger.info(
-                "the weights come from a checkpoint in half precision: --bild-precision float16 gives the same text faster"
+                "the weights are from a checkpoint in half precision; --bild-precision float16 gives the same text "
+                "faster"
             )
         if next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
             # Rounding in half precision hides much of what a model may compute beside its weights.
