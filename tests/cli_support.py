@@ -4,7 +4,6 @@ import itertools
 import os
 import random
 import shlex
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
@@ -77,16 +76,11 @@ def assert_same_hypotheses(run: Run, stock: Run) -> None:
 class Programs:
     """Runs fairseq's programs and Python code, without the wait for their imports (see ``fork_server``)."""
 
-    def __init__(self, folder: Path):
-        self._folder, self._address = folder, str(folder / "socket")
+    def __init__(self, folder: Path, address: str):
+        """With a folder for streams and the address of a server."""
+        self._folder, self._address = folder, address
         self._numbers = itertools.count()
-        self._server = subprocess.Popen(
-            [sys.executable, fork_server.__file__, self._address],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        assert self._server.stdout.readline(), "the fork server does not start"
+        self._python = self.bin(folder / "bin") / "python"
 
     def __call__(
         self,
@@ -99,24 +93,26 @@ class Programs:
         """Runs ``fairseq-<program>``.
 
         Args:
-            program: ``generate``, ``interactive``, ``train``, ``preprocess``; or ``python``, whose first argument
-                is code and whose other ones become ``sys.argv``.
+            program: ``generate``, ``interactive``, ``train``, ``preprocess``; ``python``, whose first argument is code
+                and whose other ones become ``sys.argv``; or ``script``, whose first argument is a Python file.
             arguments: of the command line; anything with a ``str``.
             text: standard input.
             status: the exit status that is asserted; None for any.
             environment: variables to set.
         """
         words = [str(argument) for argument in arguments]
-        if program == "python":
+        if program == "script":
+            program = "python"
+        elif program == "python":
             words = ["-c", f"import sys; sys.argv.pop(0)\n{words[0]}", *words[1:]]
         else:
             program = f"fairseq-{program}"
         paths = [self._folder / f"{next(self._numbers)}.{name}" for name in ("in", "out", "err")]
         paths[0].write_text(text)
         with paths[0].open() as read, paths[1].open("w") as out, paths[2].open("w") as err:
-            streams = [stream.fileno() for stream in (read, out, err)]
+            streams = {number: stream.fileno() for number, stream in enumerate((read, out, err))}
             variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-            ended = fork_server.request(self._address, [program, *words], variables, os.getcwd(), streams)
+            ended = fork_server.request(self._address, [program, *words], variables, streams, str(self._python))
         run = Run(ended, *(path.read_text() for path in paths[1:]))
         assert status is None or ended == status, f"{program} {words}\n{run.out[-2000:]}\n{run.err[-2000:]}"
         return run
@@ -128,14 +124,10 @@ class Programs:
             "python",
             *(f"fairseq-{program}" for program in ("generate", "interactive", "preprocess", "train")),
         ):
-            words = [sys.executable, "-SE", fork_server.__file__, self._address, name]
+            words = [sys.executable, "-SE", fork_server.__file__, self._address, str(folder / "python"), name]
             (folder / name).write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
             (folder / name).chmod(0o755)
         return folder
-
-    def close(self) -> None:
-        self._server.stdin.close()
-        self._server.wait()
 
 
 # Stock fairseq opens its own checkpoints with torch 2.6 and later only like this.

@@ -26,8 +26,7 @@ def script(name: str) -> ModuleType:
 
 def run_script(corpus: Corpus, name: str, *arguments: object, status: int = 0) -> Run:
     """Runs ``scripts/<name>.py``; as a program of its own, but without the wait for its imports."""
-    code = "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
-    return corpus.programs("python", code, SCRIPTS / f"{name}.py", *arguments, status=status)
+    return corpus.programs("script", SCRIPTS / f"{name}.py", *arguments, status=status)
 
 
 def refused(corpus: Corpus, name: str, *arguments: object) -> str:

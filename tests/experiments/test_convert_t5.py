@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 import t5_support
 import torch
-from cli_support import USER_DIR, Programs
+from cli_support import USER_DIR
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from safetensors.torch import load_file, save_file
@@ -202,16 +202,8 @@ def test_options_are_whole_or_completed_on_loading(tmp_path, monkeypatch):
     )
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    made = Programs(tmp_path_factory.mktemp("streams"))
-    yield made
-    made.close()
-
-
 def run_script(programs, *arguments, status=0):
-    code = "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
-    return programs("python", code, SCRIPT, *arguments, status=status)
+    return programs("script", SCRIPT, *arguments, status=status)
 
 
 @pytest.fixture(scope="module")
