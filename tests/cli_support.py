@@ -77,10 +77,10 @@ class Programs:
     """Runs fairseq's programs and Python code, without the wait for their imports (see ``fork_server``)."""
 
     def __init__(self, folder: Path, address: str):
-        """With a folder for streams and the address of a server."""
+        """With a folder for streams and the address of a server; ``interpreter`` is what stands in for Python."""
         self._folder, self._address = folder, address
         self._numbers = itertools.count()
-        self._python = self.bin(folder / "bin") / "python"
+        self.interpreter = self.bin(folder / "bin") / "python"
 
     def __call__(
         self,
@@ -112,7 +112,7 @@ class Programs:
         with paths[0].open() as read, paths[1].open("w") as out, paths[2].open("w") as err:
             streams = {number: stream.fileno() for number, stream in enumerate((read, out, err))}
             variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-            ended = fork_server.request(self._address, [program, *words], variables, streams, str(self._python))
+            ended = fork_server.request(self._address, [program, *words], variables, streams, str(self.interpreter))
         run = Run(ended, *(path.read_text() for path in paths[1:]))
         assert status is None or ended == status, f"{program} {words}\n{run.out[-2000:]}\n{run.err[-2000:]}"
         return run

@@ -127,6 +127,7 @@ LIMITED = """
 import resource, signal, sys, torch
 from bild_fairseq.experiments.commandline import run
 from bild_fairseq.plugin.light import save
+sys.dont_write_bytecode = True  # other programs would find what the limit leaves of it
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 run("name", lambda: save({"weights": torch.zeros(10000)}, sys.argv[1]))
@@ -137,6 +138,7 @@ from bild_fairseq.experiments.commandline import run
 from bild_fairseq.experiments.files import write_output
 def main():
     print("all that was measured")
+    sys.dont_write_bytecode = True
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     write_output("--json", sys.argv[1], "x" * 10000)
@@ -159,17 +161,17 @@ run("name", lambda: print("text" * 100000))
     ],
     ids=["checkpoint", "full", "pipe", "closed", "no errors"],
 )
-def test_what_cannot_be_written_ends_a_script_with_one_line(tmp_path, code, redirection, line):
+def test_what_cannot_be_written_ends_a_script_with_one_line(programs, tmp_path, code, redirection, line):
     """No traceback, also where Python itself writes at its end, and nothing half written stays."""
-    command = shlex.join([sys.executable, "-c", code, str(tmp_path / "out.pt")])
+    command = shlex.join([str(programs.interpreter), "-c", code, str(tmp_path / "out.pt")])
     shell = f"{command} {redirection}\nexit ${{PIPESTATUS[0]}}"
     run = subprocess.run(["bash", "-c", shell], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert (run.returncode, run.stderr.strip()) == (bool(line), line)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_was_printed_stays_when_a_file_cannot_be_written(tmp_path):
-    command = [sys.executable, "-c", LATE, str(tmp_path / "out.json")]
+def test_what_was_printed_stays_when_a_file_cannot_be_written(programs, tmp_path):
+    command = [programs.interpreter, "-c", LATE, str(tmp_path / "out.json")]
     with (tmp_path / "printed").open("w") as printed:
         run = subprocess.run(command, stdout=printed, stderr=subprocess.PIPE, text=True)
     assert run.returncode == 1
