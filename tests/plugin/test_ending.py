@@ -25,9 +25,9 @@ from bild_fairseq.plugin import generator as plugin_generator
 SAMPLE = support.sample([support.source([1, 2]), support.source([3])])
 
 
-def generator(rules=Rules(), **more):
+def generator(max_len=20, **more):
     large, small = support.pair("agreeing", 0)
-    made = support.generator([large], [small], rules, **more)
+    made = support.generator([large], [small], Rules(max_len=max_len), **more)
     made.generate([], SAMPLE)
     return made
 
@@ -209,7 +209,7 @@ def test_memory_does_not_grow_with_the_number_of_sentences():
 
     def growth(**more: object) -> float:
         """Bytes a sentence. What grows with every sentence grows in each span; what is made once, only in one."""
-        made, batches, batch = generator(Rules(max_len=2), **more), 60, support.sample([support.source([1, 2])] * 8)
+        made, batches, batch = generator(max_len=2, **more), 60, support.sample([support.source([1, 2])] * 8)
         for _ in range(10):
             made.generate([], batch)
         gc.collect()
