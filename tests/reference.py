@@ -64,7 +64,7 @@ class _Model:
 
     members: list[tuple[nn.Module, dict]]  # model, its encoder's output
 
-    def lprobs(self, y: list[int], symbols: Dictionary, rules: Rules, types: Sequence[int] | None = None) -> Tensor:
+    def lprobs(self, y: list[int], symbols: Dictionary, rules: Rules, types: Sequence[int] | None = None) -> "_Rows":
         """Row m is the log-distribution of the token after y[:m], constraints applied; no row after an end symbol.
 
         With ``types`` these are all that there is.
@@ -80,9 +80,23 @@ class _Model:
                 logits[:, others] = -math.inf
             each.append(torch.log_softmax(logits.float() / rules.temperature, dim=-1))
         lprobs = torch.stack(each).logsumexp(dim=0) - math.log(len(each))  # of the mean probability
-        for m in range(len(history)):
-            _constrain(lprobs[m], history[: m + 1], symbols, rules)
-        return lprobs
+        return _Rows(lprobs, history, symbols, rules)
+
+
+@dataclass
+class _Rows:
+    """Log-distributions of the tokens after the first 1, 2, ... of a history; constrained as they are read."""
+
+    lprobs: Tensor  # (history, vocabulary)
+    history: list[int]
+    symbols: Dictionary
+    rules: Rules
+
+    def __getitem__(self, m: int) -> Tensor:
+        m = range(len(self.history))[m]
+        row = self.lprobs[m].clone()
+        _constrain(row, self.history[: m + 1], self.symbols, self.rules)
+        return row
 
 
 def _encode(models: Sequence[nn.Module], source: Sequence[int]) -> _Model:
@@ -119,7 +133,7 @@ def _constrain(lprobs: Tensor, history: list[int], symbols: Dictionary, rules: R
             lprobs[eos] = 0.0
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def bild(
     large_models: Sequence[nn.Module],
     small_models: Sequence[nn.Module],
@@ -145,12 +159,12 @@ def bild(
     count = _Count()
     turn = rules.start if small_models else LARGE
 
-    def read(model: _Model, types: Sequence[int] | None = None) -> Tensor:
+    def read(model: _Model, types: Sequence[int] | None = None) -> _Rows:
         if prefix or types is None:
             lprobs = model.lprobs(y, symbols, rules)
         for m in range(prefix):
             if model is large or math.isnan(scores[m]):
-                scores[m] = lprobs[m, y[m]].item()
+                scores[m] = lprobs[m][y[m]].item()
         return lprobs if types is None else model.lprobs(y, symbols, rules, types)
 
     done = False
@@ -186,13 +200,14 @@ def bild(
         drafts = len(y) - verified
         kept = drafts
         for m in range(verified, len(y)):
-            best, token = lprobs[m].max(dim=-1)
-            if -lprobs[m, y[m]].item() > rules.rollback_threshold and token.item() != y[m]:
+            row = lprobs[m]
+            best, token = row.max(dim=-1)
+            if -row[y[m]].item() > rules.rollback_threshold and token.item() != y[m]:
                 count.rollbacks += 1
                 kept = m - verified
                 y, scores = y[:m] + [token.item()], scores[:m] + [best.item()]
                 break
-            scores[m] = lprobs[m, y[m]].item()
+            scores[m] = row[y[m]].item()
         else:
             if not y or y[-1] != eos:
                 best, token = lprobs[-1].max(dim=-1)

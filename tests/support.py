@@ -249,8 +249,8 @@ def long_case(seed: int) -> tuple[Rules, list[list[int]]]:
         max_draft=rng.choice([5, 10, 30]),
         start=rng.choice([LARGE, SMALL]),
         verify_end=rng.random() < 0.5,
-        max_len=80,
-        min_len=75,
+        max_len=62,
+        min_len=57,
     )
     return rules, [source(rng.choices(range(WORDS), k=rng.randint(1, 3))) for _ in range(rng.randint(2, 4))]
 

@@ -100,7 +100,7 @@ def test_equals_the_reference(models, rules, sources, padding):
     assert_all_like_reference([large], [small], rules, sources, padding)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(6))
 def test_long_sentences_equal_the_reference(seed):
     """Rows that drift far apart, and caches that outgrow what the sources' length reserved."""
     rules, sources = long_case(seed)
