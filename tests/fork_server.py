@@ -148,6 +148,9 @@ def serve(address: str) -> None:
             with suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG) != (0, 0):
                     pass
+        with suppress(ChildProcessError):
+            while True:
+                os.wait()
 
 
 def run(connection: socket.socket) -> None:
