@@ -14,7 +14,6 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.data.encoders.gpt2_bpe import DEFAULT_ENCODER_JSON, DEFAULT_VOCAB_BPE
 from fairseq.tasks import FairseqTask
-from sacremoses import MosesDetokenizer
 
 from ..errors import BildError
 from .bootstrap import bootstrap_weights, interval
@@ -81,6 +80,8 @@ class Scorer:
         raw = bool(options.reference) or not tokenized
         self._detokenizer = None
         if options.reference and tokenized:
+            from sacremoses import MosesDetokenizer  # its import compiles patterns for half a second
+
             self._detokenizer = MosesDetokenizer(lang=getattr(task.cfg, "target_lang", None) or "en")
         tokenizer = {} if raw else {"tokenize": "none", "force": True}
         self._bleu = sacrebleu.BLEU(**tokenizer)
