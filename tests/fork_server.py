@@ -201,7 +201,7 @@ def leave(ended_well: Sequence[bool]) -> None:
 
 def python(arguments: list[str]) -> None:
     """What ``python`` does with ``-c CODE``, ``-m MODULE`` or a file; all else is left to a new interpreter."""
-    if arguments[:1] == ["-m"]:
+    if arguments[:1] == ["-m"] and arguments[1] != PLUGIN.name:  # which does without fairseq
         if arguments[1].endswith(".train_program"):  # which is told whose end is its own end, too
             arguments[2] = str(os.getppid())
         sys.argv = arguments[1:]
