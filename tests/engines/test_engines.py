@@ -1,5 +1,6 @@
 """Every engine (PyTorch, fixed shapes, C) against the full forward pass of the stock model."""
 
+import functools
 import random
 from collections.abc import Sequence
 
@@ -103,6 +104,12 @@ def build(options: dict) -> nn.Module:
     return made.eval()
 
 
+@functools.cache
+def architecture_model(architecture: str) -> nn.Module:
+    """For tests that only read it."""
+    return build(ARCHITECTURES[architecture])
+
+
 def net_input(lengths: Sequence[int]) -> dict:
     return sample([source(range(length - 1)) for length in lengths])["net_input"]
 
@@ -157,7 +164,7 @@ def read_at_random(engine: Engine, state: State, wanted: list[list[int]], rng: r
 def test_equals_the_stock_decoder(kind, architecture, lengths):
     """In ragged batches, over subsets of rows, after rollbacks and beyond the reserved cache."""
     rng = random.Random(7)
-    made = build(ARCHITECTURES[architecture])
+    made = architecture_model(architecture)
     engine = KINDS[kind](made)
     tokens = sentences((13, 95, 41), rng)
     state = engine.start(net_input(lengths))
@@ -174,7 +181,7 @@ def test_equals_the_stock_decoder(kind, architecture, lengths):
 def test_equals_the_stock_decoder_in_step(kind, architecture, lengths):
     """All rows at the same offset, which has a way of its own, with rollbacks of all of them together."""
     rng = random.Random(8)
-    made = build(ARCHITECTURES[architecture])
+    made = architecture_model(architecture)
     engine = KINDS[kind](made)
     tokens = sentences((20, 20, 20), rng)
     state = engine.start(net_input(lengths))
@@ -198,7 +205,7 @@ def test_equals_the_stock_decoder_in_step(kind, architecture, lengths):
 def test_equals_the_stock_decoder_for_any_batch(lengths, case, rng):
     """Any number of rows, sources and sentences of any length."""
     kind, architecture = case
-    made = build(ARCHITECTURES[architecture])
+    made = architecture_model(architecture)
     engine = KINDS[kind](made)
     tokens = sentences([rng.randint(1, 25) for _ in lengths], rng)
     found = read_at_random(engine, engine.start(net_input(lengths)), tokens, rng)
@@ -243,7 +250,7 @@ def test_other_precisions(dtype, tolerance, lengths):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_which_architectures_are_native(architecture):
     """The kernels run what they are tested for, and say what they lack of the rest."""
-    assert (missing_option(build(ARCHITECTURES[architecture]).decoder) is None) == (architecture not in NOT_NATIVE)
+    assert (missing_option(architecture_model(architecture).decoder) is None) == (architecture not in NOT_NATIVE)
 
 
 @needs_kernels

@@ -475,7 +475,7 @@ def faulty_kernels(tmp_path, monkeypatch, reload):
     source = Path(build.__file__).parent
     change = "sed -i 's/v \\* inverse + /v * inverse - 0.5f + /' integers.h"
     lines = [f"cp {source}/*.c {source}/*.h {tmp_path}", f"(cd {tmp_path} && {change})"]
-    lines.append(f'exec cc $(echo "$@" | sed "s#{source}#{tmp_path}#g")')
+    lines.append(f'exec cc $(echo "$@" | sed "s#{source}#{tmp_path}#g") -O0')
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", compiler(tmp_path, "\n".join(lines)))
     assert build.library() is not None

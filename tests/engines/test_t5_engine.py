@@ -207,7 +207,7 @@ each_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 
 @each_kind
 @each_pair
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.sampled_from(list(VARIANTS)), any_rules(**POLICY, **LIMITS, **NGRAMS), ROWS)
 def test_bild_equals_the_reference_over_transformers(pair, kind, variant, rules, rows):
     """Tokens, scores and counters, whatever shares a sentence's batch."""

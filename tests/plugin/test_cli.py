@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sysconfig
@@ -298,29 +299,32 @@ def test_sentences_with_logits_that_are_not_numbers_are_named(corpus, stock, tmp
             assert re.search(rf"sentence {number}: the large model's logits are not numbers", run.err)
 
 
-def test_console_scripts(corpus, stock):
-    """The programs as a shell starts them, with a relative --user-dir."""
+def test_console_script(corpus, stock):
+    """A program as a shell starts it, with a relative --user-dir."""
+    program = Path(sysconfig.get_path("scripts")) / "fairseq-generate"
+    options = [*corpus.lossless(), "--user-dir", Path(USER_DIR).name, "--batch-size", 8]
+    command = [program, *corpus.arguments(*options)]
+    run = subprocess.run(command, cwd=Path(USER_DIR).parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert_same_hypotheses(Run(0, run.stdout, run.stderr), stock)
+    assert f"{SENTENCES} sentences, " in run.stderr
 
-    def console(program, *options, text=None):
-        return subprocess.Popen(
-            [Path(sysconfig.get_path("scripts")) / f"fairseq-{program}", *corpus.arguments(*options)],
-            cwd=Path(USER_DIR).parent,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
 
-    plugin = ["--user-dir", Path(USER_DIR).name]
-    generate = console("generate", *corpus.lossless(), *plugin, "--batch-size", 8)
-    interactive = console("interactive", *corpus.lossless(), *plugin)
+def test_interactive_reads_a_pipe(corpus, stock, tmp_path):
+    """What comes in is written when the pipe ends, with a relative --user-dir."""
     lines = [source for (source,) in (stock.fields("S")[number] for number in range(4))]
-    piped, _ = interactive.communicate("".join(f"{line}\n" for line in lines))
-    out, err = generate.communicate()
-    assert (generate.returncode, interactive.returncode) == (0, 0), err
-    assert_same_hypotheses(Run(0, out, err), stock)
-    assert f"{SENTENCES} sentences, " in err
-    assert Run(0, piped, "").texts() == {number: stock.texts()[number] for number in range(4)}
+    words = ["fairseq-interactive", *corpus.arguments(*corpus.lossless(), "--user-dir", Path(USER_DIR).name)]
+    path = f"{corpus.programs.bin(tmp_path / 'bin')}:{os.environ['PATH']}"
+    piped = subprocess.run(
+        words,
+        cwd=Path(USER_DIR).parent,
+        env={**os.environ, "PATH": path},
+        input="".join(f"{line}\n" for line in lines),
+        capture_output=True,
+        text=True,
+    )
+    assert piped.returncode == 0, piped.stderr
+    assert Run(0, piped.stdout, "").texts() == {number: stock.texts()[number] for number in range(4)}
 
 
 class TestFromPython:
