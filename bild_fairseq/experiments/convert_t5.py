@@ -22,8 +22,12 @@ from torch import Tensor
 
 from ..errors import BildError
 from ..models.t5_config import T5Config, from_namespace
+from ..plugin.content import check_content
+from ..plugin.files import writing
 from ..plugin.light import for_inference, save
-from .hf_folder import read_config, read_sentinels, read_tensors, safetensors_library
+from .files import try_folder
+from .hf_folder import check_generation, read_config, read_sentinels, read_tensors, safetensors_library
+from .t5_shapes import check_shapes
 from .t5_vocabulary import Vocabulary, read_vocabulary
 
 MODEL_FILE = "model.pt"
@@ -73,21 +77,20 @@ def convert(folder: Path, out: Path, rows: int | None = None) -> str:
         BildError: the folder is something else, or a library that reads it is missing.
     """
     _check_apart(out, folder, out / HF_FOLDER)
+    try_folder("OUT", out / HF_FOLDER)
     config = read_config(folder)
     spiece = folder / SPIECE_FILE
     if not spiece.is_file():
         raise BildError(f"{folder}: has no {SPIECE_FILE}; put the one of the published model that it stems from there")
     vocabulary = read_vocabulary(spiece, config, read_sentinels(folder), rows)
+    check_generation(folder, config["pad_token_id"])
     tensors = read_tensors(folder)
     model, arch = to_fairseq(config, tensors, vocabulary, folder)
 
-    (out / HF_FOLDER).mkdir(parents=True, exist_ok=True)
-    for name in _HF_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / HF_FOLDER / name)
-    shutil.copyfile(spiece, out / SPIECE_FILE)
-    vocabulary.dictionary.save(str(out / DICT_FILE))
-    save(checkpoint(model, arch), out / MODEL_FILE)
+    with writing(f"OUT {out}"):
+        _copy_files(folder, out / HF_FOLDER, spiece, out)
+        vocabulary.dictionary.save(str(out / DICT_FILE))
+        save(checkpoint(model, arch), out / MODEL_FILE)
     return f"{out / MODEL_FILE}: {_size(model[_EMBEDDINGS[0]], tensors)}, {len(vocabulary.ids)} symbols"
 
 
@@ -95,6 +98,32 @@ def _check_apart(out: Path, read: Path, *written: Path) -> None:
     """Refuses an output folder that is the one that is read, itself or in a folder that is written in it."""
     if read.resolve() in {path.resolve() for path in (out, *written)}:
         raise BildError(f"{out}: the folder {read} is read, and would be written over; name another one")
+
+
+def _read_checkpoint(path: Path) -> tuple[T5Config, dict[str, Tensor]]:
+    """Options and parameters of a T5 in fairseq."""
+    state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
+    try:
+        check_content(state)
+        return from_namespace(state["cfg"]["model"]), state["model"]
+    except BildError as error:
+        raise BildError(f"{path}: {error}") from error
+    except AttributeError as error:
+        raise BildError(f"{path}: is no T5 ({error})") from error
+
+
+def _copy_files(folder: Path, hf: Path, spiece: Path, out: Path) -> None:
+    """Copies the configuration files of a folder to `hf`, and `spiece` to `out`; both are made.
+
+    A configuration file that an earlier conversion left in `hf` is removed where `folder` has none.
+    """
+    hf.mkdir(parents=True, exist_ok=True)
+    for name in _HF_FILES:
+        (hf / name).unlink(missing_ok=True)
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, hf / name)
+    if not ((out / SPIECE_FILE).exists() and spiece.samefile(out / SPIECE_FILE)):
+        shutil.copyfile(spiece, out / SPIECE_FILE)
 
 
 def restore(folder: Path, out: Path, checkpoint_path: Path | None = None) -> str:
@@ -116,25 +145,19 @@ def restore(folder: Path, out: Path, checkpoint_path: Path | None = None) -> str
         raise BildError(f"{folder}: has no {HF_FOLDER}/ and {SPIECE_FILE}; give a folder that was converted from T5's")
     _check_apart(out, folder)
     _check_apart(out, original)
+    try_folder("OUT", out)
     config = read_config(original)
     path = checkpoint_path or folder / MODEL_FILE
-    state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
-    try:
-        arch = from_namespace(state["cfg"]["model"])
-    except AttributeError as error:
-        raise BildError(f"{path}: is no T5 ({error})") from error
+    arch, model = _read_checkpoint(path)
     rows = config["vocab_size"] + arch.missing_rows
     vocabulary = read_vocabulary(spiece, config, read_sentinels(original), rows)
-    tensors = to_hf(arch, state["model"], vocabulary, path)
+    tensors = to_hf(arch, model, vocabulary, path)
     _check_sizes(arch, config, path)
 
-    out.mkdir(parents=True, exist_ok=True)
-    for name in _HF_FILES:
-        if (original / name).is_file():
-            shutil.copyfile(original / name, out / name)
-    shutil.copyfile(spiece, out / SPIECE_FILE)
-    _write_config(out, config, tensors[_SHARED].dtype)
-    safetensors_library().save_file(tensors, str(out / "model.safetensors"), metadata={"format": "pt"})
+    with writing(f"OUT {out}"):
+        _copy_files(original, out, spiece, out)
+        _write_config(out, config, tensors[_SHARED].dtype)
+        safetensors_library().save_file(tensors, str(out / "model.safetensors"), metadata={"format": "pt"})
     return f"{out}: {_size(tensors[_SHARED], tensors)}"
 
 
@@ -150,15 +173,35 @@ def architecture(config: Mapping[str, Any], tied: bool, missing_rows: int = 0) -
         BildError: an option is not supported; the message names it.
     """
     sizes = {name: config[name] for name in _SAME_NAMES if name in config}
-    return T5Config(
+    options = {
         **sizes,
-        num_decoder_layers=config.get("num_decoder_layers") or config.get("num_layers", T5Config.num_layers),
-        relative_attention_max_distance=config.get("relative_attention_max_distance", 128),
-        tie_word_embeddings=tied,
-        scale_decoder_outputs=_scales_outputs(config),
-        dropout=config.get("dropout_rate", 0.1),
-        missing_rows=missing_rows,
-    )
+        "num_decoder_layers": config.get("num_decoder_layers") or config.get("num_layers", T5Config.num_layers),
+        "relative_attention_max_distance": config.get("relative_attention_max_distance", 128),
+        "scale_decoder_outputs": _scales_outputs(config),
+        "dropout": config.get("dropout_rate", 0.1),
+    }
+    _check_types(options)
+    arch = T5Config(**options, tie_word_embeddings=tied, missing_rows=missing_rows)
+    _check_activation(config, arch.feed_forward_proj)
+    return arch
+
+
+def _check_types(options: Mapping[str, Any]) -> None:
+    """Refuses what is written in JSON as something else than the option is: a number as a string, for instance."""
+    for name, wanted in ((option.name, option.type) for option in dataclasses.fields(T5Config)):
+        value = options.get(name)
+        # Python takes true for an integer.
+        fits = type(value) in (int, float) if wanted is float else type(value) is wanted
+        if name in options and not fits:
+            raise BildError(f"config.json: {name} is {value!r}; it must be of type {wanted.__name__}")
+
+
+def _check_activation(config: Mapping[str, Any], proj: str) -> None:
+    """Refuses other names of the feed-forward layer's activation, which transformers would believe instead."""
+    gated = proj.startswith("gated")
+    for name, wanted in (("dense_act_fn", "gelu_new" if gated else "relu"), ("is_gated_act", gated)):
+        if config.get(name, wanted) != wanted:
+            raise BildError(f"config.json: {name} is {config[name]!r}, which does not go with feed_forward_proj {proj}")
 
 
 def _scales_outputs(config: Mapping[str, Any]) -> bool:
@@ -214,13 +257,16 @@ def to_fairseq(
     copies = [unread.pop(name) for name in (_SHARED, *_EMBEDDINGS) if name in unread]
     if not copies or any(not torch.equal(copies[0], copy) for copy in copies):
         raise BildError(f"{source}: encoder and decoder do not share one embedding; that is no T5")
-    if copies[0].size(0) != config["vocab_size"]:
-        raise BildError(f"{source}: the embedding has {copies[0].size(0)} rows, config.json {config['vocab_size']}")
     head = unread.pop(_HEAD[1], copies[0])
+    for called, matrix in (("embedding", copies[0]), ("output projection", head)):
+        if matrix.dim() != 2:
+            raise BildError(f"{source}: the {called} is no matrix; that is no T5")
+        if matrix.size(0) != config["vocab_size"]:
+            raise BildError(f"{source}: the {called} has {matrix.size(0)} rows, config.json {config['vocab_size']}")
     arch = architecture(config, torch.equal(head, copies[0]), vocabulary.missing_rows)
 
-    model = {}
-    for ours, theirs in tensor_names(arch):
+    model, names = {}, dict(tensor_names(arch))
+    for ours, theirs in names.items():
         if theirs not in unread:
             raise BildError(f"{source}: {theirs} is missing; a whole T5 is needed, with encoder and decoder")
         model[ours] = unread.pop(theirs)
@@ -229,6 +275,7 @@ def to_fairseq(
     # Entries that share their memory are written once.
     model |= dict.fromkeys(_EMBEDDINGS, vocabulary.to_fairseq(copies[0]))
     model[_HEAD[0]] = model[_EMBEDDINGS[0]] if arch.tie_word_embeddings else vocabulary.to_fairseq(head)
+    check_shapes(arch, vocabulary.dictionary, model, {**names, _EMBEDDINGS[0]: _SHARED}, source)
     return model, arch
 
 
@@ -249,8 +296,7 @@ def to_hf(arch: T5Config, model: Mapping[str, Tensor], vocabulary: Vocabulary, s
         raise BildError(f"{source}: {error.args[0]} is missing; that is no T5") from error
     if unread:
         raise BildError(f"{source}: {min(unread)} has no counterpart in Hugging Face's T5; convert a plain t5")
-    if embedding.size(0) != len(vocabulary.ids):
-        raise BildError(f"{source}: has {embedding.size(0)} rows, the dictionary {len(vocabulary.ids)}")
+    check_shapes(arch, vocabulary.dictionary, model, {}, source)
     tensors[_SHARED] = vocabulary.to_t5(embedding)
     if not arch.tie_word_embeddings:
         tensors[_HEAD[1]] = vocabulary.to_t5(head)

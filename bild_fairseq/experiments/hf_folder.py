@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def check_generation(folder: Path, padding: int) -> None:
+    """Makes sure that settings of generation, where there are some, start texts with padding, too.
+
+    transformers prefers them to config.json.
+
+    Raises:
+        BildError: they have another start.
+    """
+    path = folder / "generation_config.json"
+    start = _read_json(path).get("decoder_start_token_id") if path.is_file() else None
+    if start not in (None, padding):
+        raise BildError(f"{path}: texts start with symbol {start}, not with padding; that is no T5")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BildError(f"{path}: is no JSON: {error}") from error
     if not isinstance(read, dict):
         raise BildError(f"{path}: holds no JSON object")
@@ -51,7 +64,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 def read_sentinels(folder: Path) -> int:
     """How many sentinels the tokenizer adds behind the pieces."""
     path = folder / "tokenizer_config.json"
-    return _read_json(path).get("extra_ids", SENTINELS) if path.is_file() else SENTINELS
+    count = _read_json(path).get("extra_ids", SENTINELS) if path.is_file() else SENTINELS
+    if type(count) is not int or count < 0:
+        raise BildError(f"{path}: extra_ids is {count!r}; a number of sentinels is needed, 0 for none")
+    return count
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -66,14 +82,21 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             return read(folder / name)
         if index.is_file():
             # A name is one of a file in this folder, whatever the index says.
-            shards = sorted({Path(shard).name for shard in _read_json(index).get("weight_map", {}).values()})
             tensors: dict[str, Tensor] = {}
-            for shard in shards:
+            for shard in _shards(index):
                 if not (folder / shard).is_file():
                     raise BildError(f"{folder}: {shard} is missing; {index.name} names it")
                 tensors |= read(folder / shard)
             return tensors
     raise BildError(f"{folder}: has neither model.safetensors nor pytorch_model.bin")
+
+
+def _shards(index: Path) -> list[str]:
+    """The names of the files that an index names."""
+    files = _read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+        raise BildError(f"{index}: has no weight_map that says in which file each tensor is")
+    return sorted({Path(file).name for file in files.values()})
 
 
 def safetensors_library() -> Any:
@@ -99,6 +122,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes torch do
         raise BildError(f"{path}: is damaged, or holds more than tensors; it is not opened") from error
+    if not isinstance(tensors, dict) or not all(map(_is_plain, tensors.values())):
+        raise BildError(f"{path}: holds something else than tensors by name")
+    return tensors
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether this is a tensor whose numbers are all in memory."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"

@@ -76,7 +76,7 @@ def read_vocabulary(
     if not any("<extra_id_" in piece for piece in pieces):
         # In descending order: the last one is <extra_id_0>.
         end = len(pieces) + sentinels
-        names |= {number: f"<extra_id_{end - 1 - number}>" for number in range(len(pieces), end)}
+        names |= {number: f"<extra_id_{end - 1 - number}>" for number in range(len(pieces), min(end, size))}
     special = [config["pad_token_id"], None, config["eos_token_id"], unknown]
     others = [number for number in range(rows) if number not in special]
     ids = special + [number if number < size else None for number in others]

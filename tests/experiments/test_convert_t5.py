@@ -311,7 +311,12 @@ def overwritten(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
+def quantized(name, dtype):
+    return rewritten(lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+
+
 ENCODER_NORM = "encoder.final_layer_norm.weight"
+SHARED, HEAD = "shared.weight", "lm_head.weight"
 
 
 @pytest.mark.parametrize(
@@ -336,6 +341,25 @@ ENCODER_NORM = "encoder.final_layer_norm.weight"
         (rewritten(lambda tensors: tensors.pop(ENCODER_NORM)), rf"{ENCODER_NORM} is missing; a whole T5"),
         (rewritten(lambda tensors: tensors.pop("shared.weight")), r"do not share one embedding"),
         (rewritten(lambda tensors: tensors.update(adapter=torch.ones(1))), r"adapter is no part of a T5"),
+        (configured(d_model="24"), r"config.json: d_model is '24'; it must be of type int"),
+        (configured(num_decoder_layers="2"), r"config.json: num_decoder_layers is '2'; it must be of type int"),
+        (configured(layer_norm_epsilon=None), r"config.json: layer_norm_epsilon is None; it must be of type float"),
+        (configured(feed_forward_proj=["relu"]), r"config.json: feed_forward_proj is \['relu'\]"),
+        (configured(dense_act_fn="gelu"), r"dense_act_fn is 'gelu', which does not go with feed_forward_proj relu"),
+        (configured(d_kv=7), r"SelfAttention.q.weight is 20 x 24, by options and dictionary 28 x 24"),
+        (
+            configured(num_heads=5, d_kv=4),
+            r"relative_attention_bias.weight is 32 x 4, by options and dictionary 32 x 5",
+        ),
+        (configured(d_model=25), r"shared.weight is 99 x 24, by options and dictionary 99 x 25"),
+        (rewritten(lambda tensors: tensors.update({ENCODER_NORM: torch.ones(5)})), rf"{ENCODER_NORM} is 5, by"),
+        (rewritten(lambda tensors: tensors.update({SHARED: torch.ones(98)})), r"the embedding is no matrix"),
+        (rewritten(lambda tensors: tensors.update({HEAD: torch.ones(97, 24)})), r"output projection has 97 rows"),
+        (quantized("shared.weight", torch.int8), r"shared.weight holds int8 numbers"),
+        (quantized(ENCODER_NORM, torch.float8_e4m3fn), rf"{ENCODER_NORM} holds float8_e4m3fn numbers"),
+        (overwritten("config.json", "[" * 100_000), r"config.json: is no JSON"),
+        (overwritten("tokenizer_config.json", '{"extra_ids": null}'), r"extra_ids is None; a number of sentinels"),
+        (overwritten("generation_config.json", '{"decoder_start_token_id": 5}'), r"texts start with symbol 5"),
     ],
 )
 def test_a_folder_that_is_something_else_is_refused_in_one_line(tmp_path, spoil, message):
@@ -361,6 +385,33 @@ def test_code_in_a_pickle_is_not_run(tmp_path, capsys):
     assert "code ran" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "held", [None, [1], {SHARED: [1.0]}, {"state_dict": {}}, {SHARED: torch.ones(98, 24).to_sparse()}]
+)
+def test_a_pickle_of_something_else_is_refused(tmp_path, held):
+    folder = save_folder(tmp_path / "hf", hf_model(TIED))
+    (folder / "model.safetensors").unlink()
+    torch.save(held, folder / "pytorch_model.bin")
+    with pytest.raises(BildError, match=r"pytorch_model.bin: holds something else than tensors by name"):
+        convert(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": None}, {"weight_map": ["a"]}, {"weight_map": {"a": 1}}])
+def test_an_index_of_something_else_is_refused(tmp_path, index):
+    folder = save_folder(tmp_path / "hf", hf_model(TIED))
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BildError, match=r"index.json: has no weight_map that says in which file"):
+        convert(folder, tmp_path / "out")
+
+
+def test_no_more_sentinels_are_made_than_there_are_rows(tmp_path):
+    folder = save_folder(tmp_path / "hf", hf_model(TIED))
+    (folder / "tokenizer_config.json").write_text('{"extra_ids": 1000000000000}')  # more than memory holds
+    convert(folder, tmp_path / "out")
+    assert len(Dictionary.load(str(tmp_path / "out" / "dict.txt"))) == 99
+
+
 def test_missing_shards_are_named(tmp_path):
     folder = save_folder(tmp_path / "hf", hf_model(TIED), max_shard_size="30KB")
     shard = sorted(folder.glob("model-*.safetensors"))[1]
@@ -375,6 +426,63 @@ def test_the_way_back_needs_a_converted_folder_and_its_own_model(folders, tmp_pa
     other = folders[TIED][1] / "model.pt"
     with pytest.raises(BildError, match=r"feed_forward_proj is relu, in hf/config.json gated-gelu"):
         restore(folders[UNTIED][1], tmp_path / "out", other)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state: state.pop("model"), r"holds no model"),
+        (lambda state: state.update(model=[1]), r"holds no model"),
+        (lambda state: state.pop("cfg"), r"holds no options of its model"),
+        (
+            lambda state: state["model"].update({"encoder.layer_norm.weight": torch.ones(5)}),
+            r"encoder.layer_norm.weight is 5, by options and dictionary 24",
+        ),
+        (
+            lambda state: state["model"].update({"encoder.embed_tokens.weight": torch.ones(50, 24)}),
+            r"encoder.embed_tokens.weight is 50 x 24, by options and dictionary 99 x 24",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_does_not_go_back(folders, tmp_path, spoil, message):
+    state = torch.load(folders[UNTIED][1] / "model.pt")
+    spoil(state)
+    torch.save(state, tmp_path / "damaged.pt")
+    with pytest.raises(BildError, match=message) as caught:
+        restore(folders[UNTIED][1], tmp_path / "out", tmp_path / "damaged.pt")
+    assert "damaged.pt" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_an_earlier_conversion_left_does_not_go_back(folders, tmp_path):
+    """Settings of another model in the same folder would become those of the new one."""
+    theirs = save_folder(tmp_path / "hf", hf_model(UNTIED))
+    convert(theirs, tmp_path / "ours")
+    (theirs / "generation_config.json").unlink()
+    convert(theirs, tmp_path / "ours")
+    restore(tmp_path / "ours", tmp_path / "back")
+    assert not (tmp_path / "back" / "generation_config.json").exists()
+
+
+def test_a_place_that_cannot_be_written_is_said_in_one_line(folders, tmp_path):
+    theirs, ours = folders[TIED]
+    (tmp_path / "file").touch()
+    for write in (lambda out: convert(theirs, out), lambda out: restore(ours, out)):
+        for out in (tmp_path / "file", tmp_path / "file" / "out"):
+            with pytest.raises(BildError, match=rf"cannot write there: {tmp_path / 'file'} is a file"):
+                write(out)
+    (tmp_path / "out" / "spiece.model").mkdir(parents=True)
+    for write in (lambda out: convert(theirs, out), lambda out: restore(ours, out)):
+        with pytest.raises(BildError, match="it cannot be written: Is a directory"):
+            write(tmp_path / "out")
+
+
+def test_a_link_to_the_same_vocabulary_stays(folders, tmp_path):
+    theirs = folders[TIED][0]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "spiece.model").symlink_to(theirs / "spiece.model")
+    convert(theirs, tmp_path / "out")
+    assert (theirs / "spiece.model").read_bytes() == t5_support.spiece()
 
 
 def test_a_folder_is_not_written_over_itself(folders, tmp_path):
