@@ -10,11 +10,11 @@
 #   THREADS    2
 #   LOSSLESS   fallback threshold of lossless decoding: 0.25
 #   BILD       thresholds of the other systems: 0.4,2
-#   EARLY      an early-exit model, and EXIT, its thresholds (0.6,2): none. Its exit drafts in the precision of the
-#              model and in int8.
+#   EARLY      an early-exit model, and EXIT, its thresholds (0.6,2): none
 #   VOCAB      a file of types to draft among, for the table `vocabulary`, which is left out without it: none
 # Widened models (scripts/widen.py) make the same predictions at the cost of a larger model. So `quality`, all
-# sentences at the size as trained, holds for every size.
+# sentences at the size as trained, holds for every size. What drafts does so in int8 (float32+int8), in the tables
+# `quality` and `big` in float32 as well.
 set -euo pipefail
 
 if (($# < 5)); then
@@ -52,20 +52,20 @@ table() {
     python "$scripts/benchmark.py" "$data" --large "$wide" "${models[@]}" ${early:+--early-exit "$early"} \
         --systems "$systems${early:+,exit,exit-lossless}" --threads "$threads" --sentences "${SENTENCES:-100}" \
         --lossless-fallback "${LOSSLESS:-0.25}" --bild "${BILD:-0.4,2}" --exit "${EXIT:-0.6,2}" \
-        --exit-precision float32,float32+int8 \
+        --precision float32+int8 \
         --json "$out/$name.json" "$@" "${options[@]}" | tee "$out/$name.md"
 }
 
-step_quality() { table quality 1 fairseq,fairseq-beam5,greedy,bild --batch-size 32 --sentences 1000000; }
+both=float32,float32+int8
+step_quality() { table quality 1 fairseq,fairseq-beam5,greedy,bild --batch-size 32 --sentences 1000000 --precision "$both"; }
 step_trained() { table trained 1 fairseq,greedy,lossless,bild --floor; }
 step_base() { table base 2 fairseq,greedy,lossless,bild --floor; }
-step_big() { table big 4 fairseq,greedy,lossless,bild --floor; }
+step_big() { table big 4 fairseq,greedy,lossless,bild --floor --precision "$both"; }
 step_precisions() {
-    local all=float32,float16,int8
-    table precisions 4 greedy,lossless,bild --precision "$all,float32+int8" --exit-precision "$all"
+    table precisions 4 greedy,lossless,bild --precision float32,float16,float16+int8,int8
 }
 step_vocabulary() {
-    table vocabulary 4 greedy,lossless,bild --draft-vocab "${VOCAB:?name a file of types, as align.py --draft-vocab writes}"
+    table vocabulary 4 greedy,lossless,bild --draft-vocab "${VOCAB:?name a file that align.py --draft-vocab has written}"
 }
 step_batches() {
     table batch-8 4 fairseq,greedy,lossless,bild --batch-size 8

@@ -70,10 +70,6 @@ def _add_precision_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights of this package's systems: float32, float16, bfloat16, int8, or two of them joined by +, for the "
         "large model and for what drafts; several, joined by commas, are compared (default: float32)",
     )
-    parser.add_argument(
-        "--exit-precision",
-        help="the same for the systems with an exit: float32+int8 drafts in int8 (default: as --precision)",
-    )
 
 
 def check(args: argparse.Namespace) -> None:
@@ -84,7 +80,6 @@ def check(args: argparse.Namespace) -> None:
     """
     chosen_systems(args)
     precisions(args.precision)
-    precisions(args.exit_precision or args.precision)
     check_names([named(item, "--small")[0] for item in args.small])
     check_positive(args, "max_draft", "max_batch", "ctranslate2_threads")
     policies([*(args.bild or ()), *(args.exit or ()), f"{args.lossless_fallback},0"], args.max_draft)
@@ -143,7 +138,6 @@ class Competition:
         self._task, self._args, self._worker = task, args, worker
         self._search = SearchOptions.from_args(args)
         self._precisions = precisions(args.precision)
-        self._exit_precisions = precisions(args.exit_precision or args.precision)
         first, _ = next(iter(self._precisions.values()))
         options = {"alone": True, "precision": first, "cuda": args.cuda, "fp16": args.fp16}
         self._large = early = Pair.load(args.large, task=task, **options)
@@ -205,7 +199,7 @@ class Competition:
 
     def _ours(self, name: str, pair: Pair, policy: Policy | None = None) -> list[System]:
         """A system of this package at every precision that it can have."""
-        wanted = self._precisions if pair.exit_layer is None else self._exit_precisions
+        wanted = self._precisions
         if pair.alone:
             wanted = {precision: (precision, precision) for precision, _ in wanted.values()}
         made = []

@@ -16,7 +16,7 @@ Point = tuple[float, tuple[float, float, float]]  # millions of weights; speedup
 
 
 def curves(paths: Sequence[str]) -> dict[str, list[Point]]:
-    """For each system in which two models took part, its speedups by size.
+    """For each system in which two models took part, its speedups by size; not of one that a size lacks.
 
     Raises:
         BildError: a file is not the benchmark's, two are of the same size, or none has what is to be drawn.
@@ -30,8 +30,9 @@ def curves(paths: Sequence[str]) -> dict[str, list[Point]]:
         for row in file["rows"]:
             if row.get("small_calls") and row.get("large_calls") and SPEEDUP in row:
                 found.setdefault(row["system"], []).append((file["large_weights"] / 1e6, tuple(row[SPEEDUP])))
+    found = {name: points for name, points in found.items() if len(points) == len(files)}
     if not found:
-        raise BildError("no file has both greedy decoding and BiLD")
+        raise BildError("no BiLD was measured beside greedy decoding at every size")
     return found
 
 

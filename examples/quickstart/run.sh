@@ -42,7 +42,7 @@ benchmark() {
     shift 3
     python "$root/scripts/benchmark.py" "$work/data-bin" --large "$large" --small "$small" --early-exit "$large" \
         --sentences "$count" --threads "$threads" --reference "$here/data/test.en" --lossless-fallback 0.25 \
-        --bild 0.3,1.5 --exit 0.3,1 "$@"
+        --bild 0.35,1 --exit 0.3,1 "$@"
 }
 
 echo "== Tokenizing and binarizing the test sentences"
@@ -51,7 +51,8 @@ quietly python "$here/preprocess.py" apply "$here/data" "$work" --models "$model
 echo "== Translating with BiLD: a few of the sentences"
 fairseq-generate "$work/data-bin" --user-dir "$root/bild_fairseq" --cpu --batch-size 32 \
     --path "$models/large.pt" --generator bild --bild-small-path "$models/aligned.pt" \
-    --bild-fallback-threshold 0.3 --bild-rollback-threshold 1.5 --remove-bpe >"$work/out" 2>"$work/log" || { cat "$work/log" >&2; exit 1; }
+    --bild-fallback-threshold 0.35 --bild-rollback-threshold 1 --bild-small-precision int8 --remove-bpe \
+    >"$work/out" 2>"$work/log" || { cat "$work/log" >&2; exit 1; }
 for id in 0 3 5; do
     paste -d'\t' <(echo German) <(sed -n "$((id + 1))p" "$here/data/test.de")
     grep "^D-$id	" "$work/out" | cut -f3 | sacremoses -q -l en detokenize 2>/dev/null | sed 's/^/BiLD\t/'
@@ -62,11 +63,10 @@ tail -n 5 "$work/log"
 echo
 echo "== Measuring: every system on the same $sentences sentences, in turns"
 if [[ -n $all ]]; then
-    benchmark "$models/large.pt" "$models/aligned.pt" "$sentences" --precision float32,int8 \
-        --exit-precision float32,float32+int8,int8 \
+    benchmark "$models/large.pt" "$models/aligned.pt" "$sentences" --precision float32,float32+int8,int8 \
         --systems fairseq,fairseq-beam5,greedy,small,bild,lossless,exit-alone,exit,exit-lossless
 else
-    benchmark "$models/large.pt" "$models/aligned.pt" "$sentences" --brief --exit-precision float32+int8 \
+    benchmark "$models/large.pt" "$models/aligned.pt" "$sentences" --brief --precision float32+int8 \
         --systems fairseq,fairseq-beam5,greedy,lossless,bild,exit
 fi
 
@@ -74,5 +74,5 @@ echo
 echo "== The same text from models four times as wide (the cost of a transformer-big decoder), $((sentences / 5)) sentences"
 quietly python "$root/scripts/widen.py" "$models/large.pt" "$work/large.pt" 4 --half
 quietly python "$root/scripts/widen.py" "$models/aligned.pt" "$work/aligned.pt" 2 --half
-benchmark "$work/large.pt" "$work/aligned.pt" "$((sentences / 5))" --brief --exit-precision float32+int8 \
+benchmark "$work/large.pt" "$work/aligned.pt" "$((sentences / 5))" --brief --precision float32+int8 \
     --systems fairseq,greedy,lossless,bild,exit

@@ -36,7 +36,7 @@ def test_every_size_has_its_table_and_the_figure_has_all(corpus, tmp_path):
     trained, big = (json.loads((out / f"{name}.json").read_text()) for name in ("trained", "big"))
     assert big["large_weights"] > 8 * trained["large_weights"]
     narrow, wide = ({row["system"]: row for row in file["rows"]} for file in (trained, big))
-    assert set(wide) - set(narrow) == {"bild lossless, aligned x2", "bild (0.4,2), aligned x2"}
+    assert set(wide) - set(narrow) >= {"bild lossless, aligned x2", "bild (0.4,2), aligned x2"}
     for name, row in narrow.items():
         assert row["bleu"] == wide[name]["bleu"] and row.get("tokens") == wide[name].get("tokens")
         assert "lossless" not in name or name.startswith("exit") or row["differ_from_greedy"] == 0

@@ -29,19 +29,19 @@ def test_every_system_is_measured(corpus, tmp_path):
     )
     figures_file, picture = tmp_path / "figures.json", tmp_path / "latency.svg"
     models = ["--small", corpus.small, "--early-exit", exits, "--bild", "0.6,2", "--bild", "0.3,1,end"]
-    more = ["--precision", "float32,float32+int8", "--exit-precision", "float32+int8", "--floor"]
-    more += ["--json", figures_file, "--plot", picture]
+    more = ["--precision", "float32,float32+int8", "--floor", "--json", figures_file, "--plot", picture]
     run = run_script(corpus, "benchmark", *arguments(corpus, *models, *more))
     written = json.loads(figures_file.read_text())
     rows = {row["system"]: row for row in written["rows"]}
     model = checkpoint_utils.load_model_ensemble([str(corpus.large)])[0][0]
     assert written["large_weights"] == sum(weight.numel() for weight in model.parameters())
     both = ["bild (0.6,2)", "bild (0.3,1,end)", "bild lossless"]
+    exit_both = ["exit 1 lossless", "exit 1 (0.6,2)", "exit 1 (0.3,1,end)"]
     assert list(rows) == [
         *("fairseq --beam 1", "fairseq --beam 5", "greedy", "small alone"),
         *(name for one in both for name in (one, f"{one} float32+int8")),
-        *("early-exit model, full depth", "exit 1 lossless float32+int8", "exit 1 alone"),
-        *("exit 1 (0.6,2) float32+int8", "exit 1 (0.3,1,end) float32+int8"),
+        *("early-exit model, full depth", exit_both[0], f"{exit_both[0]} float32+int8", "exit 1 alone"),
+        *(name for one in exit_both[1:] for name in (one, f"{one} float32+int8")),
     ]
     table = run.out.splitlines()
     assert [line.split("|")[1].strip() for line in table if line.startswith("| ")][2:] == list(rows)
