@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # float32 logits (predictions, vocab) and their logsumexp (predictions,), which makes them log-probabilities.
 Logits = tuple[Tensor, Tensor]
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @dataclass(slots=True)
@@ -45,14 +48,29 @@ class State(ABC):
     batch: int  # sentences
 
 
+def timed(method: Method) -> Method:
+    """Has an engine's method add its time to the engine's ``seconds``."""
+
+    @functools.wraps(method)
+    def timed_method(self: Engine, *args: Any) -> Any:
+        begin = time.perf_counter()
+        result = method(self, *args)
+        if self.synchronizes:
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - begin
+        return result
+
+    return timed_method
+
+
 class Engine(ABC):
     """One model, laid out for decoding.
 
     Attributes:
         reader_kind: the class of its readers.
         depth: number of decoder layers.
-        seconds: time spent in encoders and forward passes so far. What a generation takes beyond it is the cost of the
-            decoding loop.
+        seconds: time spent in encoders and forward passes so far, in methods that are :func:`timed`. What a generation
+            takes beyond it is the cost of the decoding loop.
         synchronizes: wait for the device after every pass, so that ``seconds`` is right on a GPU as well.
         cuts: the heads of :meth:`cut_head` that have been proved, by depth and types.
     """
@@ -110,12 +128,3 @@ class Engine(ABC):
     ) -> EngineReader:
         """A reader over some of the layers; see :class:`~bild_fairseq.engines.readers.EngineReader`."""
         return self.reader_kind(self, state, layers, constraints, below, keep, cut)
-
-    def timed(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Calls a function and adds its time to :attr:`seconds`."""
-        begin = time.perf_counter()
-        result = function(*args)
-        if self.synchronizes:
-            torch.cuda.synchronize()
-        self.seconds += time.perf_counter() - begin
-        return result

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...decoding.constraints import Constraints
 from ...decoding.reader import Prediction, Verdict
-from ..base import Engine, Logits, Pass
+from ..base import Engine, Logits, Pass, timed
 from ..heads import layers_of, spread
 from . import structs
 from .build import library
@@ -49,10 +49,8 @@ class NativeEngine(Engine):
         attentions = [layer.encoder_attn for layer in layers_of(decoder)[0]]
         self._source = packer.linear(*(part for a in attentions for part in (a.k_proj, a.v_proj)))
 
+    @timed
     def start(self, net_input: dict[str, Any]) -> NativeState:
-        return self.timed(self._start, net_input)
-
-    def _start(self, net_input: dict[str, Any]) -> NativeState:
         x, lengths = self._encoder(net_input)
         state = NativeState(self._stack, len(lengths), 32 + 2 * max(lengths), self._stack.layers)
         state.reserve_source(lengths)
@@ -64,10 +62,8 @@ class NativeEngine(Engine):
         )
         return state
 
+    @timed
     def run(self, state: NativeState, step: Pass) -> Logits | None:
-        return self.timed(self._run, state, step)
-
-    def _run(self, state: NativeState, step: Pass) -> Logits | None:
         self._prepare(state, step, max(_ends(step)))
         self._call(self._library.bild_run, state)
         if step.predict == "none":
@@ -87,6 +83,7 @@ class NativeEngine(Engine):
         """What predicts in a pass; None where nothing could."""
         return self._heads.get(step.layers[1]) if step.cut is None else self._cut_heads[step.cut].struct
 
+    @timed
     def draft(
         self, state: NativeState, step: Pass, constraints: Constraints, limit: float, threshold: float
     ) -> list[list[Prediction]]:
@@ -100,11 +97,6 @@ class NativeEngine(Engine):
         Returns:
             for each sentence its predictions; see :meth:`~bild_fairseq.decoding.reader.Reader.draft`.
         """
-        return self.timed(self._draft, state, step, constraints, limit, threshold)
-
-    def _draft(
-        self, state: NativeState, step: Pass, constraints: Constraints, limit: float, threshold: float
-    ) -> list[list[Prediction]]:
         count, ends = len(step.rows), _ends(step)
         # At the maximum length only the end symbol is left, so no draft is longer than this.
         limit = min(limit, max(1, constraints.max_len - min(ends) + 2))
@@ -125,6 +117,7 @@ class NativeEngine(Engine):
             result.append(list(map(Prediction, words, lprobs[begin : begin + length])))
         return result
 
+    @timed
     def verify(self, state: NativeState, step: Pass, constraints: Constraints, drafted: Sequence[int]) -> list[Verdict]:
         """Reads new tokens of some sentences, and says what should follow each, in one call.
 
@@ -136,11 +129,6 @@ class NativeEngine(Engine):
         Returns:
             for each token of the pass a verdict; where no token follows, ``drafted_lprob`` is not a number.
         """
-        return self.timed(self._verify, state, step, constraints, drafted)
-
-    def _verify(
-        self, state: NativeState, step: Pass, constraints: Constraints, drafted: Sequence[int]
-    ) -> list[Verdict]:
         self._prepare(state, step, max(_ends(step)))
         prefixes, total = array("q", constraints.prefix_lengths), len(drafted)
         integers, lprobs = array("q", drafted), array("f", bytes(8 * total))

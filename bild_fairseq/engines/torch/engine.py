@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import BildError
-from ..base import Engine, Logits, Pass, State
+from ..base import Engine, Logits, Pass, State, timed
 from ..precision import rounded_copy
 from ..readers import EngineReader
 from ..supported import is_t5, unsupported_decoder
@@ -54,16 +54,15 @@ class TorchEngine(Engine):
             self.decoder = GraphedDecoder(self.decoder, capture=on_gpu)
         self.depth = self.decoder.depth
 
+    @timed
     def start(self, net_input: dict[str, Any]) -> State:
-        return self.timed(self._start, net_input)
-
-    def _start(self, net_input: dict[str, Any]) -> State:
         out = self._encoder.forward_torchscript(net_input)
         masks = out["encoder_padding_mask"]
         return self.decoder.start(out["encoder_out"][0], masks[0] if masks else None, len(net_input["src_tokens"]))
 
+    @timed
     def run(self, state: State, step: Pass) -> Logits | None:
-        return self.timed(self.decoder.read, state, step)
+        return self.decoder.read(state, step)
 
     def cut_head(self, depth: int, types: Sequence[int]) -> int:
         return self.decoder.cut_head(depth, types)
