@@ -206,9 +206,5 @@ def _check_softmax(model):
 
 
 def _load_teacher(path, task):
-    try:
-        models, _ = checkpoint_utils.load_model_ensemble([path], task=task)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise BildError(f"--teacher-path {path}: does not fit this data: {reason}") from error
+    models, _ = checkpoint_utils.load_model_ensemble([path], task=task)
     return [model.eval().requires_grad_(False) for model in models]

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -103,17 +104,10 @@ def _exit_status() -> None:
     """Python has no other way to change the exit status once the program has ended."""
     _flush()
     if _Ending.failed:
-        _say_nothing_more()
-        os._exit(1)
-
-
-def _say_nothing_more() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with suppress(OSError, ValueError):
                 stream.flush()
-        except (OSError, ValueError):
-            continue
+        os._exit(1)
 
 
 def one_line_errors(previous: Callable[..., Any]) -> Callable[..., Any]:

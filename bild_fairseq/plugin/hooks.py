@@ -101,21 +101,26 @@ def _checked_parse(parse: Callable[..., Any]) -> Callable[..., Any]:
         parsed = parse(parser, *args, **kwargs)
         namespace = parsed[0] if isinstance(parsed, tuple) else parsed
         if hasattr(namespace, "generator"):
-            like_the_large_model(namespace)
-            check(namespace)
-            if namespace.generator != "beam":
-                large = _large_files(namespace)
-                check_stats(namespace, [*large, *_data_files(namespace)])
-                check_overrides("--model-overrides", namespace.model_overrides)
-                _check_data(namespace)
-                if sys.stdout is None and not namespace.results_path:
-                    raise BildError("standard output is closed, so nothing can be printed; redirect it to a file")
-                # A full disk would make every line of the log a traceback.
-                logging.raiseExceptions = False
-                FairseqTask.build_generator = _reporting(FairseqTask.build_generator)
+            _check_generating(namespace)
         return parsed
 
     return parse_args_and_arch
+
+
+def _check_generating(namespace: argparse.Namespace) -> None:
+    """Checks the flags of a program that generates; with this package's generators it then reports when it ends."""
+    like_the_large_model(namespace)
+    check(namespace)
+    if namespace.generator == "beam":
+        return
+    check_stats(namespace, [*_large_files(namespace), *_data_files(namespace)])
+    check_overrides("--model-overrides", namespace.model_overrides)
+    _check_data(namespace)
+    if sys.stdout is None and not namespace.results_path:
+        raise BildError("standard output is closed, so nothing can be printed; redirect it to a file")
+    # A full disk would make every line of the log a traceback.
+    logging.raiseExceptions = False
+    FairseqTask.build_generator = _reporting(FairseqTask.build_generator)
 
 
 def _parser_error(parser: argparse.ArgumentParser, error: Callable[[str], Any], message: str) -> None:
