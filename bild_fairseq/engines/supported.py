@@ -167,7 +167,7 @@ def _stock_t5(module: nn.Module) -> tuple[type, ...] | None:
     return next(((base,) for base in type(module).__mro__ if "engine_kind" in vars(base)), None)
 
 
-def own_methods(module: nn.Module, stock: tuple[type, ...] | None = None) -> list[str]:
+def own_methods(module: nn.Module, stock: tuple[type, ...] | None) -> list[str]:
     """Methods of a stock kind of module that a module computes in its own way, by name.
 
     Args:

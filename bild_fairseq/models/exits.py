@@ -230,9 +230,9 @@ class EarlyExitTransformerDecoder(ExitHeads, TransformerDecoderBase):
         BildError: see `check_decoder_options`.
     """
 
-    def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None):
+    def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False):
         check_decoder_options(cfg)
-        super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
+        super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn)
         self.add_exits(
             parse_exit_layers(cfg.exit_layers),
             cfg.exit_share_output_projection,

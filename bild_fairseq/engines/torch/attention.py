@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,13 +27,13 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sca
     return x.transpose(1, 2).reshape(query.size(0) * query.size(1), -1)
 
 
+@dataclass
 class Source:
     """Keys and values of one batch of sources, for every decoder layer."""
 
-    def __init__(self, keys: Tensor, values: Tensor, mask: Tensor | None):
-        self.keys = keys  # (layers, batch, heads, source, head_dim)
-        self.values = values
-        self.mask = mask  # (batch, 1, 1, source), added to the scores; None if no source is padded
+    keys: Tensor  # (layers, batch, heads, source, head_dim)
+    values: Tensor
+    mask: Tensor | None  # (batch, 1, 1, source), added to the scores; None if no source is padded
 
 
 class SourceAttention:

@@ -56,6 +56,9 @@ class CachedDecoder(ABC):
         layers: what its layers compute, in the order of ``layers_of``.
         heads: by depth.
         source: its encoder-decoder attention, if it has any.
+
+    Attributes:
+        depth: number of layers, without those that only an exit has.
     """
 
     def __init__(
@@ -67,16 +70,11 @@ class CachedDecoder(ABC):
     ):
         first = decoder.layers[0]
         self._layers, self._heads, self._source = layers, heads, source
-        self._depth, self._own = len(decoder.layers), layers_of(decoder)[1]
+        self.depth, self._own = len(decoder.layers), layers_of(decoder)[1]
         self._cut_heads: list[Head] = []
         self._attention_shape = first.self_attn.num_heads, first.self_attn.head_dim
         self._like = first.fc1.weight.detach()
         self._position_table = self._like.new_empty(0, 0)
-
-    @property
-    def depth(self) -> int:
-        """Number of layers, without those that only an exit has."""
-        return self._depth
 
     @property
     def device(self) -> torch.device:
@@ -144,7 +142,7 @@ class CachedDecoder(ABC):
             x = self._layers[index](index, x, state, span)
         return x
 
-    def predict(self, x: Tensor, depth: int, cut: int | None = None) -> Logits:
+    def predict(self, x: Tensor, depth: int, cut: int | None) -> Logits:
         """float32 logits (rows, vocab) and their logsumexp (rows,) from hidden states (rows, dim) after a layer.
 
         Args:

@@ -72,17 +72,12 @@ class GraphedDecoder:
             they do after a capture has failed.
     """
 
-    def __init__(self, decoder: CachedDecoder, capture: bool = True):
-        self.decoder = decoder
+    def __init__(self, decoder: CachedDecoder, capture: bool):
+        self.decoder, self.depth = decoder, decoder.depth
         self.capture = capture
         self.states: dict[tuple[int, int], GraphedState] = {}
         self._pool: Any = None
         self._tables: list[Tensor] = []  # of positions: graphs read them where they are
-
-    @property
-    def depth(self) -> int:
-        """Number of layers."""
-        return self.decoder.depth
 
     def cut_head(self, depth: int, types: Sequence[int]) -> int:
         """See :meth:`CachedDecoder.cut_head`."""
