@@ -1,5 +1,6 @@
 """Training early-exit models: the loss by hand, and fairseq-train from end to end."""
 
+import gc
 import json
 import math
 import random
@@ -242,6 +243,9 @@ def ddp_worker(rank, rendezvous, results):
             criterion_of(exit_distill=0.5)(wrapped, sample_of(rows))[0].backward()
         if rank == 0:
             torch.save(gradients(model), f"{results}/{frozen}.pt")
+    # A wrapper that is collected after the group has ended waits for the other worker forever.
+    del model, wrapped
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 
