@@ -17,10 +17,10 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
     label_smoothed_nll_loss,
 )
 from fairseq.dataclass import FairseqDataclass
-from fairseq.logging import metrics
 from omegaconf import II
 
 from ..errors import BildError
+from .logged import log_bits, log_head
 
 NAME = "early_exit_label_smoothed_cross_entropy"
 
@@ -200,13 +200,13 @@ class EarlyExitLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCrite
             for key in keys
             if key in _SUMS or _EXIT_KEY.fullmatch(key)
         }
-        _log_loss("loss", sums["loss"], sums["sample_size"])
-        _log_head("", "final_loss", sums)
+        log_bits("loss", sums["loss"], sums["sample_size"])
+        log_head("", "final_loss", sums)
         for layer in sorted({int(m[1]) for m in map(_EXIT_KEY.fullmatch, keys) if m}):
             prefix = f"exit{layer}_"
-            _log_head(prefix, f"{prefix}loss", sums)
+            log_head(prefix, f"{prefix}loss", sums)
             if f"{prefix}kl" in sums:
-                _log_loss(f"{prefix}kl", sums[f"{prefix}kl"], sums["ntokens"])
+                log_bits(f"{prefix}kl", sums[f"{prefix}kl"], sums["ntokens"])
 
 
 def parse_loss_weights(text: str) -> list[float]:
@@ -234,18 +234,3 @@ def _exit_layers(model) -> list[int]:
             " early_exit_transformer or another early_exit_* architecture"
         )
     return exits
-
-
-def _log_loss(name: str, total: float, count: float) -> None:
-    metrics.log_scalar(name, total / count / math.log(2), count, round=3)
-
-
-def _log_head(prefix: str, loss: str, sums: dict[str, float]) -> None:
-    """Logs one prediction head; `prefix` is empty for the last layer."""
-    nll_loss = f"{prefix}nll_loss"
-    _log_loss(loss, sums[loss], sums["sample_size"])
-    _log_loss(nll_loss, sums[nll_loss], sums["ntokens"])
-    metrics.log_derived(f"{prefix}ppl", lambda meters: utils.get_perplexity(meters[nll_loss].avg))
-    if sums["total"] > 0:
-        accuracy = 100 * sums[f"{prefix}n_correct"] / sums["total"]
-        metrics.log_scalar(f"{prefix}accuracy", accuracy, sums["total"], round=3)

@@ -5,7 +5,6 @@ greedy output as the text, the small model learns what the large one writes and 
 alignment of Kim et al., *Speculative Decoding with Big Little Decoder* (NeurIPS 2023), with softer targets.
 """
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,10 +12,10 @@ import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
-from fairseq.logging import metrics
 from omegaconf import II
 
 from ..errors import BildError
+from .logged import log_bits, log_head
 
 NAME = "word_distillation_cross_entropy"
 
@@ -171,12 +170,8 @@ class WordDistillationCrossEntropyCriterion(FairseqCriterion):
     def reduce_metrics(cls, logging_outputs) -> None:
         """Logs the metrics of the class's description from summed or separate outputs."""
         sums = {key: utils.item(sum(log.get(key, 0) for log in logging_outputs)) for key in _SUMS}
-        bits = math.log(2)
-        metrics.log_scalar("loss", sums["loss"] / sums["sample_size"] / bits, sums["sample_size"], round=3)
-        for name in ("nll_loss", "teacher_kl"):
-            metrics.log_scalar(name, sums[name] / sums["ntokens"] / bits, sums["ntokens"], round=3)
-        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
-        metrics.log_scalar("accuracy", 100 * sums["n_correct"] / sums["ntokens"], sums["ntokens"], round=3)
+        log_head("", "loss", {**sums, "total": sums["ntokens"]})
+        log_bits("teacher_kl", sums["teacher_kl"], sums["ntokens"])
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
