@@ -62,7 +62,7 @@ step_trained() { table trained 1 fairseq,greedy,lossless,bild --floor; }
 step_base() { table base 2 fairseq,greedy,lossless,bild --floor; }
 step_big() { table big 4 fairseq,greedy,lossless,bild --floor --precision "$both"; }
 step_precisions() {
-    table precisions 4 greedy,lossless,bild --precision float32,float16,float16+int8,int8
+    table precisions 4 fairseq,greedy,lossless,bild --precision float32,float16,float16+int8,int8
 }
 step_vocabulary() {
     table vocabulary 4 greedy,lossless,bild --draft-vocab "${VOCAB:?name a file that align.py --draft-vocab has written}"
