@@ -20,7 +20,6 @@ from .content import check_content, check_parts, option_in, task_options
 from .explain import building_error, reading_error
 from .files import unreadable
 from .fits import check_fits, check_task, remember
-from .fits import check_positions as check_positions  # imported from here, with the functions that load
 
 
 def allow_fairseq_globals() -> None:

@@ -39,9 +39,10 @@ from ..engines.supported import is_t5
 from ..errors import BildError
 from ..models import exit_model
 from ..models.exits import ExitHeads
-from .checkpoints import Loading, check_positions, check_task, load_large, load_small
+from .checkpoints import Loading, load_large, load_small
 from .draft_vocabulary import DraftVocabulary
 from .files import unreadable
+from .fits import check_positions, check_task
 from .flags import option, small_loading, small_paths
 
 logger = logging.getLogger(__name__)
