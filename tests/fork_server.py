@@ -83,10 +83,10 @@ def request(
 def begins_with_plugin(arguments: Sequence[str]) -> bool:
     """Whether a program loads the plugin before it does anything else."""
     program, *words = arguments
-    if program == "python":
-        in_package = words[:1] == ["-m"] and words[1].startswith(f"{PLUGIN.name}.")
-        return in_package or Path(words[0]).resolve().parent == ROOT / "scripts"
-    return ("--user-dir", str(PLUGIN)) in itertools.pairwise(words)
+    if program != "python" or (words[:1] == ["-m"] and words[1].startswith("fairseq_cli.")):
+        return ("--user-dir", str(PLUGIN)) in itertools.pairwise(words)
+    in_package = words[:1] == ["-m"] and words[1].startswith(f"{PLUGIN.name}.")
+    return in_package or Path(*words[:1]).resolve().parent == ROOT / "scripts"
 
 
 def import_programs() -> None:

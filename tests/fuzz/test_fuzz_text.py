@@ -1,5 +1,6 @@
 """Random lines of Unicode on the way through fairseq-interactive: stock fairseq's text, and the naive reference's."""
 
+import functools
 import random
 import sys
 import unicodedata
@@ -20,7 +21,6 @@ MAX_LEN = 12
 SPACES = ["\t", "\r", "\x0b", "\x0c", "\x1c", "\x85", "\xa0", "\u2003", "\u2028", "\u200b", "\u3000", "\ufeff", "  "]
 MARKS = ["@@", "@-@", "<unk>", "<pad>", "</s>", "<s>", "<mask>", "S-0\t", "H-1\t-0.5\tA", "\x00", "\x1b[0m", "\\n"]
 CATEGORIES = ["Lu", "Mn", "Nd", "So", "Zs", "Cf", "Cc", "Co"]
-CHARACTERS = [chr(number) for number in range(sys.maxunicode + 1) if unicodedata.category(chr(number)) in CATEGORIES]
 
 LOOSE = [
     (
@@ -34,6 +34,11 @@ LOOSE = [
 ]
 
 
+@functools.cache
+def characters() -> list[str]:
+    return [chr(number) for number in range(sys.maxunicode + 1) if unicodedata.category(chr(number)) in CATEGORIES]
+
+
 def word(dice: random.Random) -> str:
     """A known word, or anything that can stand in a line."""
     what = dice.random()
@@ -41,7 +46,7 @@ def word(dice: random.Random) -> str:
         return dice.choice(WORDS)
     if what < 0.7:
         return dice.choice(MARKS)
-    return "".join(dice.choice(CHARACTERS) for _ in range(dice.choice([1, 1, 2, 5, 200]))).replace("\n", "")
+    return "".join(dice.choice(characters()) for _ in range(dice.choice([1, 1, 2, 5, 200]))).replace("\n", "")
 
 
 def line(dice: random.Random) -> str:
