@@ -6,6 +6,7 @@ import math
 import random
 import re
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -255,7 +256,8 @@ def gradients(model):
 
 def test_two_workers_have_the_gradient_of_the_whole_batch(programs, tmp_path):
     """PyTorch's DDP over gloo averages workers; fairseq undoes that with the sample size."""
-    work = f"import {__name__} as t; t.ddp_worker(rank, *sys.argv)"
+    folder = str(Path(__file__).parent)  # the server of parallel workers does not know it
+    work = f"sys.path.append({folder!r}); import {__name__} as t; t.ddp_worker(rank, *sys.argv)"
     on_two_workers(programs, work, f"file://{tmp_path}/rendezvous", tmp_path)
     for frozen in (False, True):
         model = model_of(exit_freeze_model=frozen, exit_share_output_projection=False)
