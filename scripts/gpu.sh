@@ -37,7 +37,7 @@ for models in "$quickstart/models" "$out"; do
     for precision in "" --fp16; do
         python scripts/benchmark.py "$out/data-bin" --cuda $precision --sentences "$sentences" --brief \
             --large "$models/large.pt" --small "$models/aligned.pt" --early-exit "$models/large.pt" \
-            --reference "$quickstart/data/test.en" --lossless-fallback 0.25 --bild 0.35,1 --exit 0.3,1 \
+            --reference "$quickstart/data/test.en" --lossless-fallback 0.25 --bild 0.25,2,end --exit 0.35,1 \
             --systems fairseq,greedy,lossless,bild,exit | tee -a "$out/table.md"
         echo | tee -a "$out/table.md"
     done

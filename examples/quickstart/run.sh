@@ -42,7 +42,7 @@ benchmark() {
     shift 3
     python "$root/scripts/benchmark.py" "$work/data-bin" --large "$large" --small "$small" --early-exit "$large" \
         --sentences "$count" --threads "$threads" --reference "$here/data/test.en" --lossless-fallback 0.25 \
-        --bild 0.35,1 --exit 0.3,1 "$@"
+        --bild 0.25,2,end --exit 0.35,1 "$@"
 }
 
 echo "== Tokenizing and binarizing the test sentences"
@@ -51,7 +51,7 @@ quietly python "$here/preprocess.py" apply "$here/data" "$work" --models "$model
 echo "== Translating with BiLD: a few of the sentences"
 fairseq-generate "$work/data-bin" --user-dir "$root/bild_fairseq" --cpu --batch-size 32 \
     --path "$models/large.pt" --generator bild --bild-small-path "$models/aligned.pt" \
-    --bild-fallback-threshold 0.35 --bild-rollback-threshold 1 --bild-small-precision int8 --remove-bpe \
+    --bild-fallback-threshold 0.25 --bild-rollback-threshold 2 --bild-verify-end --bild-small-precision int8 --remove-bpe \
     >"$work/out" 2>"$work/log" || { cat "$work/log" >&2; exit 1; }
 for id in 0 3 5; do
     paste -d'\t' <(echo German) <(sed -n "$((id + 1))p" "$here/data/test.de")
