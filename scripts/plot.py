@@ -12,7 +12,9 @@ Figures can be read in black and white: methods differ in marker and line, and t
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from bild_fairseq.errors import BildError
 from bild_fairseq.experiments import plots, plots_curve, plots_lengths, plots_sizes, plots_tokens
 from bild_fairseq.experiments.arguments import check_positive
 from bild_fairseq.experiments.commandline import quiet, run
@@ -60,6 +62,8 @@ def sizes(args: argparse.Namespace) -> None:
 
 def tokens(args: argparse.Namespace) -> None:
     check_positive(args, "sentences")
+    if Path(args.out).suffix.lower() not in (".html", ".htm"):
+        raise BildError(f"--out {args.out}: the page is HTML; name a .html file")
     page = plots_tokens.page(plots.read_rounds(args.rounds), args.sentences, args.title)
     write_output("--out", args.out, page)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..decoding.policies import Policy
 from ..errors import BildError, flag
 from ..models.exits import parse_exit_layers
+from ..plugin.files import unreadable
 from ..plugin.search import SearchOptions
 from .arguments import add_score_arguments, add_search_arguments
 from .files import check_outputs, try_file, try_folder
@@ -98,7 +99,7 @@ class AlignOptions:
     def __post_init__(self) -> None:
         for name in ("large", "small"):
             if getattr(self, name) is not None and not getattr(self, name).is_file():
-                raise BildError(f"--{name} {getattr(self, name)}: no such file")
+                raise BildError(f"--{name} {getattr(self, name)}: {unreadable(getattr(self, name))}")
         self._check_student()
         if not self.data.is_dir():
             raise BildError(f"{self.data}: no such folder; give what fairseq-preprocess wrote with --destdir")
@@ -123,8 +124,10 @@ class AlignOptions:
         check_outputs({**vars(self), **vars(self.score)}, "out", "report")
 
     def _check_student(self) -> None:
-        if (self.small is None) == (self.early_exit is None):
+        if self.small is None and self.early_exit is None:
             raise BildError("give --small, or --early-exit for exits of the large model")
+        if self.small is not None and self.early_exit is not None:
+            raise BildError("--small and --early-exit both say what is trained; give one of them")
         if self.early_exit is not None:
             parse_exit_layers(self.early_exit)
         elif self.exit_own_layers:

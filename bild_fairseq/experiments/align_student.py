@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import BildError
 from ..models.early_exit import PREFIX
-from ..models.exits import parse_exit_layers
+from ..models.exits import check_exit_layers, parse_exit_layers
 from ..models.truncated import exit_model
 from ..plugin.checkpoints import load_large, load_small, read
 from ..plugin.light import for_inference, save
@@ -59,6 +59,11 @@ class SmallModel:
     def __init__(self, options: AlignOptions, task: FairseqTask):
         self._options, self._task = options, task
         self.config = load_checkpoint_to_cpu(str(options.small))["cfg"]["model"]
+        if getattr(self.config, "exit_freeze_model", False):
+            raise BildError(
+                f"--small {options.small}: only the exits of this model can be trained (--exit-freeze-model); are "
+                "--large and --small swapped? For the exits of a large model give --early-exit instead of --small"
+            )
 
     def start(self) -> Path:
         return self._options.small
@@ -128,6 +133,7 @@ def exit_config(config: argparse.Namespace, layers: list[int], own_layers: int) 
     arch = getattr(config, "arch", None) or ""
     if not arch.removeprefix(PREFIX).startswith(("transformer", "bart")):
         raise BildError(f"--large: its architecture is {arch or 'not known'}; exits need one of transformer* or bart*")
+    check_exit_layers(layers, config.decoder_layers, "the model's --decoder-layers")
     new = copy.copy(config)
     new.arch = new._name = PREFIX + arch.removeprefix(PREFIX)
     new.exit_layers, new.exit_own_layers, new.exit_freeze_model = layers, own_layers, True

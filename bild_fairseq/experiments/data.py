@@ -16,6 +16,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.tasks import FairseqTask
 
 from ..errors import BildError, first_line
+from ..plugin.files import unreadable
 from ..plugin.pair import Pair
 from ..plugin.search import SearchOptions
 from .arguments import check_positive
@@ -30,7 +31,7 @@ def load(args: argparse.Namespace) -> FairseqTask:
     check_positive(args, "sentences", "threads", "truncate_source")
     SearchOptions.from_args(args)  # which refuses what is out of range, before anything is loaded
     if not Path(args.large).is_file():
-        raise BildError(f"--large {args.large}: no such file")
+        raise BildError(f"--large {args.large}: {unreadable(args.large)}")
     if args.cuda and not torch.cuda.is_available():
         raise BildError("--cuda: torch finds no GPU")
     torch.set_num_threads(args.threads)
@@ -81,7 +82,14 @@ def load_subset(task: FairseqTask, subset: str) -> None:
     try:
         task.load_dataset(subset)
     except Exception as error:  # fairseq raises bare Exceptions here
-        raise BildError(f"{task.cfg.data}: cannot load {subset}: {first_line(error)}") from error
+        there = subsets(utils.split_paths(task.cfg.data)[0])
+        hint = f"; there is: {', '.join(there)}" if there and subset not in there else ""
+        raise BildError(f"{task.cfg.data}: cannot load {subset}: {first_line(error)}{hint}") from error
+
+
+def subsets(folder: str) -> list[str]:
+    """The names of the subsets in a folder of binarized data."""
+    return sorted({path.name.partition(".")[0] for path in Path(folder).glob("*.idx")})
 
 
 def first_sentences(task: FairseqTask, subset: str, count: int) -> range:

@@ -106,13 +106,15 @@ def table_of(rows: Sequence[Row], metric: str, metric_name: str, brief: bool = F
 
 
 def conclusion_of(rows: Sequence[Row]) -> str | None:
-    """What a table comes to, in one sentence: the fastest BiLD that wrote greedy decoding's text, over the baselines.
+    """What a table comes to, in one sentence: the fastest lossless BiLD over the baselines.
+
+    Other settings may write the same text for a few sentences by chance.
 
     Returns:
-        None if greedy decoding was not measured, or no BiLD wrote the same text.
+        None if greedy decoding was not measured, or no lossless BiLD, or its text differs.
     """
-    same = [row for row in rows if row.get("small_calls") and row.get("large_calls") and not row["differ_from_greedy"]]
-    same = [row for row in same if "speedup_over_greedy" in row]
+    lossless = [row for row in rows if "lossless" in row["system"] and "speedup_over_greedy" in row]
+    same = [row for row in lossless if not row["differ_from_greedy"]]
     if not same:
         return None
     best = min(same, key=lambda row: row["ms_per_token"])

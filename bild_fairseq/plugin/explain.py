@@ -39,6 +39,11 @@ def building_error(error: Exception) -> str:
         return f"it needs a package that is not there: {first_line(error)}"
     if isinstance(error, KeyError):
         return f"its options name {first_line(error)}, which is not known"
+    if "requires a joined dictionary" in str(error):
+        return (
+            "it was trained with one dictionary for both languages, and this data has two; give its dict.*.txt to "
+            "fairseq-preprocess with --srcdict and --tgtdict"
+        )
     return _memory_or_option(error) or f"its options make no model: {first_line(error)}"
 
 

@@ -67,7 +67,10 @@ def check_fits(path: str, trained_in: Any, task: FairseqTask) -> None:
     for side in ("source", "target"):
         name, dictionary = f"dict.{option_in(given, f'{side}_lang')}.txt", getattr(task, f"{side}_dictionary", None)
         if not _is_beginning(Path(path).parent / name, dictionary):
-            raise BildError(f"{path}: the dictionary beside it, {name}, is not this data's")
+            raise BildError(
+                f"{path}: the dictionary beside it, {name}, is not this data's; give it to fairseq-preprocess with "
+                "--srcdict and --tgtdict"
+            )
         data = option_in(trained_in, "data")
         for folder in utils.split_paths(data) if isinstance(data, str) else ():
             if not _is_beginning(Path(folder) / name, dictionary):

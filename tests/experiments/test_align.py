@@ -345,6 +345,19 @@ def test_sources_that_the_small_model_cannot_read_are_left_out(fresh, corpus, tm
     assert max(len(source) for source, _ in calibration_set(fresh, "train")) == 6
 
 
+def test_a_model_of_which_only_the_exits_can_be_trained_is_no_small_model(fresh, corpus):
+    exits = {
+        "arch": "early_exit_transformer_tiny",
+        "decoder_layers": 2,
+        "exit_freeze_model": True,
+        "exit_own_layers": 1,
+    }
+    small = corpus.checkpoint(fresh.folder / "exits.pt", **exits)
+    with pytest.raises(BildError, match="only the exits of this model can be trained .* swapped"):
+        fresh(small=small)
+    assert fresh.said == []
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -354,7 +367,12 @@ def test_sources_that_the_small_model_cannot_read_are_left_out(fresh, corpus, tm
         ({"distill": 1.5}, "--distill 1.5: give a number from 0 to 1"),
         ({"sample": 0}, "--sample 0: give a number above 0"),
         ({"small": None}, "give --small, or --early-exit for exits of the large model"),
-        ({"early_exit": "1"}, "give --small, or --early-exit for exits of the large model"),
+        ({"early_exit": "1"}, "--small and --early-exit both say what is trained; give one of them"),
+        (
+            {"small": None, "early_exit": "9"},
+            "--exit-layers 9: with the model's --decoder-layers 2 the highest exit is 1",
+        ),
+        ({"large": Path(".")}, "--large .: that is a folder; name a file in it"),
         ({"small": None, "early_exit": "2,1"}, "--exit-layers 2,1: give decoder layers"),
         ({"small": None, "early_exit": "1", "distill_top": 4}, "--distill-top is for a small model"),
         ({"exit_own_layers": 1}, "--exit-own-layers are of exits: give --early-exit, too"),

@@ -167,3 +167,22 @@ def test_the_line_through_points_is_that_of_their_medians():
     assert x == [2, 5, 8, 11, 14, 17, 20, 23] and y == [10 * one for one in x]
     assert figures.medians(lengths, [10.0 * length + 1e6 * (length == 9) for length in lengths])[1] == y
     assert figures.medians([3, 1], [30.0, 10.0]) == ([1, 3], [10.0, 30.0])
+
+
+def test_the_conclusion_is_of_lossless_decoding():
+    """Other settings may write greedy decoding's text by chance, and lossless decoding in float16 another one."""
+
+    def row(name: str, speedup: float, differ: int = 0) -> dict[str, object]:
+        return {
+            "system": name,
+            "differ_from_greedy": differ,
+            "speedup_over_greedy": [speedup, 0, 9],
+            "ms_per_token": 9 / speedup,
+        }
+
+    rows = [row("greedy", 1.0), row("bild (0.6,2)", 3.0), row("bild lossless", 1.75), row("exit 1 lossless", 1.25)]
+    sentence = "BiLD wrote the same text as greedy decoding 1.8 times as fast (bild lossless)."
+    assert figures.conclusion_of(rows) == sentence
+    rows[2] = row("bild lossless float16", 1.75, differ=1)
+    assert "1.2 times as fast (exit 1 lossless)" in figures.conclusion_of(rows)
+    assert figures.conclusion_of(rows[:3]) is None

@@ -244,6 +244,7 @@ def test_the_script_writes_what_is_drawn(corpus, sweep, rounds_file, tmp_path):
     assert (tmp_path / "curve.svg").read_text().startswith("<?xml")
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     assert "sentence 8" in (tmp_path / "tokens.html").read_text()
+    assert "name a .html file" in refused(corpus, "plot", "tokens", rounds_file, "--out", tmp_path / "tokens.png")
     assert "--sentences 0" in refused(corpus, "plot", "tokens", rounds_file, "--out", out, "--sentences", 0)
     assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*.tmp"))
 
