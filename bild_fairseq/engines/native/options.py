@@ -24,7 +24,7 @@ def missing_option(module: nn.Module) -> str | None:
     if not layers:
         return "no layers"
     checks = {
-        "no C kernels (BILD_NATIVE=0, or no compiler)": library() is None,
+        "no C kernels (BILD_NATIVE=0, or no compiler that works)": library() is None,
         "not on a CPU in float32": any(
             p.device.type != "cpu" or p.dtype is not torch.float32 for p in module.parameters()
         ),
